@@ -402,10 +402,19 @@ mod tests {
             }
         }
         let mut bytes = Vec::new();
-        tensor.row_major_le_bytes(|b| Ok::<_, ()>(bytes.extend_from_slice(b))).unwrap();
+        tensor
+            .row_major_le_bytes(|b| {
+                bytes.extend_from_slice(b);
+                Ok::<_, ()>(())
+            })
+            .unwrap();
         let copy = tensor.clone().into_row_major();
         let mut again = Vec::new();
-        copy.row_major_le_bytes(|b| Ok::<_, ()>(again.extend_from_slice(b))).unwrap();
+        copy.row_major_le_bytes(|b| {
+            again.extend_from_slice(b);
+            Ok::<_, ()>(())
+        })
+        .unwrap();
         assert_eq!(bytes, again);
         assert_eq!(copy.strides(), [15, 5, 1]);
         assert_eq!(tensor.permuted(&[2, 0, 1]).strides(), [6, 3, 1]);
