@@ -229,4 +229,45 @@ pub trait Backend: Clone + Send + Sync {
         write: Write,
         out: &mut Self::Matrix,
     ) -> Result<()>;
+
+    /// `r(√(Σ m²))` over all elements.
+    fn norm(&self, m: &Self::Matrix) -> Result<Self::Scalar>;
+
+    /// One step of Adam on a parameter `p` with gradient `g` and moments `m`, `v`, all of one shape. With [`AdamStep`]'s names:
+    ///
+    /// ```text
+    /// g' = r(clip · g)
+    /// m  = r(m + (1 - beta1) · (g' - m))
+    /// v  = r(r(beta2 · v) + (1 - beta2) · g' · g')
+    /// p  = r(p - step_size · m / r(r(r(√v) / bias_correction2_sqrt) + eps))
+    /// ```
+    ///
+    /// Original: `torch.optim.Adam` without weight decay, after `clip_grad_norm_`'s product with its coefficient.
+    fn adam(
+        &self,
+        p: &mut Self::Matrix,
+        g: &Self::Matrix,
+        m: &mut Self::Matrix,
+        v: &mut Self::Matrix,
+        step: &AdamStep<Self::Scalar>,
+    ) -> Result<()>;
+}
+
+/// The numbers of one step of [`Backend::adam`], the same for all parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamStep<S> {
+    /// What `clip_grad_norm_` multiplies gradients with; 1 if the norm is small enough.
+    pub clip: S,
+    /// `1 - beta1`, formed in float64.
+    pub one_minus_beta1: S,
+    /// `beta2`
+    pub beta2: S,
+    /// `1 - beta2`, formed in float64.
+    pub one_minus_beta2: S,
+    /// `lr / (1 - beta1^step)`, formed in float64.
+    pub step_size: S,
+    /// `√(1 - beta2^step)`, formed in float64.
+    pub bias_correction2_sqrt: S,
+    /// 1e-8 by default. In float16 it is 0, as in PyTorch: there a gradient of 0 makes a parameter nan.
+    pub eps: S,
 }

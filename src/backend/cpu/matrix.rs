@@ -99,6 +99,18 @@ impl<T: Scalar> Matrix<T> {
         }
     }
 
+    /// Pieces of `rows` rows each, to be changed in place.
+    pub(super) fn row_pieces(&mut self, rows: usize) -> impl Iterator<Item = Piece<'_, T>> {
+        self.finite = OnceLock::new();
+        let len = (rows * self.cols).max(1);
+        let pieces: Vec<Piece<'_, T>> = match &mut self.store {
+            Store::Full(v) => v.chunks_mut(len).map(Piece::Full).collect(),
+            Store::F16(v) => v.chunks_mut(len).map(Piece::F16).collect(),
+            Store::BF16(v) => v.chunks_mut(len).map(Piece::BF16).collect(),
+        };
+        pieces.into_iter()
+    }
+
     /// Whether every element is finite.
     pub(super) fn is_finite(&self) -> bool {
         *self.finite.get_or_init(|| match &self.store {
@@ -106,6 +118,32 @@ impl<T: Scalar> Matrix<T> {
             Store::F16(v) => v.iter().all(|e| e.is_finite()),
             Store::BF16(v) => v.iter().all(|e| e.is_finite()),
         })
+    }
+}
+
+/// Elements to be changed in place, in whatever type they are stored.
+pub(super) enum Piece<'a, T> {
+    Full(&'a mut [T]),
+    F16(&'a mut [f16]),
+    BF16(&'a mut [bf16]),
+}
+
+impl<T: Scalar> Piece<'_, T> {
+    /// Lets `f` change the elements `range`; what it leaves in half precision must be rounded already.
+    pub(super) fn edit(&mut self, range: Range<usize>, scratch: &mut Vec<T>, f: impl FnOnce(&mut [T])) {
+        match self {
+            Piece::Full(v) => f(&mut v[range]),
+            Piece::F16(v) => {
+                unpack(&v[range.clone()], scratch, |e| e.to_f32());
+                f(scratch);
+                v[range].iter_mut().zip(scratch).for_each(|(o, e)| *o = f16::from_f32(e.wide() as f32));
+            }
+            Piece::BF16(v) => {
+                unpack(&v[range.clone()], scratch, |e| e.to_f32());
+                f(scratch);
+                v[range].iter_mut().zip(scratch).for_each(|(o, e)| *o = bf16::from_f32(e.wide() as f32));
+            }
+        }
     }
 }
 

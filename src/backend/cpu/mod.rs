@@ -7,7 +7,7 @@ mod threads;
 
 pub use matrix::{Latents, Matrix};
 
-use super::{Backend, Precision, Scalar, Shaped, Write};
+use super::{AdamStep, Backend, Precision, Scalar, Shaped, Write};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::sparse::Path;
@@ -25,6 +25,9 @@ const WEIGHT_ROWS: usize = 256;
 
 /// Operations on fewer elements than this run on one thread: starting one costs some 20 µs.
 const PARALLEL_ELEMENTS: usize = 1 << 16;
+
+/// Elements that Adam updates at a time, unpacked if they are stored in half precision.
+const ADAM_ELEMENTS: usize = 4096;
 
 /// The CPU backend; `T` is f32, or f64 for the judge.
 #[derive(Clone, Debug)]
@@ -530,6 +533,58 @@ impl<T: Scalar> Backend for Cpu<T> {
                         self.write(o, unit * g, write);
                     }
                 }
+            }
+        });
+        Ok(())
+    }
+
+    fn norm(&self, m: &Matrix<T>) -> Result<T> {
+        // One partial sum a row, so that the order of terms does not depend on the threads.
+        let mut rows = vec![T::zero(); m.rows];
+        for_rows(self.threads_for(m.rows * m.cols), &mut rows, 1, 1, |h0, rows| {
+            let mut scratch = Vec::new();
+            for (i, out) in rows.iter_mut().enumerate() {
+                *out = sum(m.rows(h0 + i..h0 + i + 1, &mut scratch).iter().map(|&v| v * v));
+            }
+        });
+        let total: f64 = rows.iter().map(|v| v.wide()).sum();
+        Ok(self.r(T::narrow(total.sqrt())))
+    }
+
+    fn adam(
+        &self,
+        p: &mut Matrix<T>,
+        g: &Matrix<T>,
+        m: &mut Matrix<T>,
+        v: &mut Matrix<T>,
+        step: &AdamStep<T>,
+    ) -> Result<()> {
+        let update = |p: &mut [T], g: &[T], m: &mut [T], v: &mut [T]| {
+            for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                let g = self.r(step.clip * g);
+                *m = self.r(*m + step.one_minus_beta1 * (g - *m));
+                *v = self.r(self.r(step.beta2 * *v) + step.one_minus_beta2 * g * g);
+                let denom = self.r(self.r(self.r(v.sqrt()) / step.bias_correction2_sqrt) + step.eps);
+                *p = self.r(*p - step.step_size * *m / denom);
+            }
+        };
+        let threads = self.threads_for(p.rows * p.cols);
+        let rows = p.rows.div_ceil(threads).max(1);
+        std::thread::scope(|scope| {
+            let pieces = p.row_pieces(rows).zip(m.row_pieces(rows)).zip(v.row_pieces(rows));
+            for (((mut p, mut m), mut v), g) in pieces.zip(g.full().chunks((rows * g.cols).max(1))) {
+                let update = &update;
+                let mut work = move || {
+                    let mut scratch = [vec![], vec![], vec![]];
+                    for (i, g) in g.chunks(ADAM_ELEMENTS).enumerate() {
+                        let [sp, sm, sv] = &mut scratch;
+                        let range = i * ADAM_ELEMENTS..i * ADAM_ELEMENTS + g.len();
+                        p.edit(range.clone(), sp, |p| {
+                            m.edit(range.clone(), sm, |m| v.edit(range.clone(), sv, |v| update(p, g, m, v)))
+                        });
+                    }
+                };
+                if threads == 1 { work() } else { drop(scope.spawn(work)) }
             }
         });
         Ok(())
