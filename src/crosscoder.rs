@@ -44,7 +44,7 @@ impl LossOutput {
 }
 
 /// `A`, `B` for two models, `0`, `1`, … otherwise.
-pub fn model_name(m: usize, n_models: usize) -> String {
+pub(crate) fn model_name(m: usize, n_models: usize) -> String {
     match (n_models, m) {
         (2, 0) => "A".to_owned(),
         (2, 1) => "B".to_owned(),

@@ -3,7 +3,7 @@
 pub mod autodiff;
 pub mod backend;
 pub mod config;
-pub mod crosscoder;
+mod crosscoder;
 pub mod dtype;
 pub mod error;
 pub mod golden;
