@@ -113,7 +113,7 @@ impl<T: Scalar> Cpu<T> {
     fn decode_dense(&self, acts: &Latents<T>, w: &Matrix<T>, out: &mut [T]) {
         let dense = self.dense(acts);
         for_rows(self.threads_for(acts.rows * w.rows), out, w.cols, 1, |b0, out| {
-            let rows = if w.cols == 0 { 0 } else { out.len() / w.cols };
+            let rows = out.len().checked_div(w.cols).unwrap_or(0);
             let acts = view(&dense, acts.rows, acts.cols);
             let acts = acts.slice(ndarray::s![b0..b0 + rows, ..]);
             let mut out = view_mut(out, rows, w.cols);
@@ -361,7 +361,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             let latents = view(&dense, latents.rows, latents.cols);
             let mut product = vec![T::zero(); WEIGHT_ROWS * cols];
             for (i, out) in out.chunks_mut((WEIGHT_ROWS * cols).max(1)).enumerate() {
-                let n = if cols == 0 { 0 } else { out.len() / cols };
+                let n = out.len().checked_div(cols).unwrap_or(0);
                 let h = h0 + i * WEIGHT_ROWS;
                 let block = latents.slice(ndarray::s![.., h..h + n]);
                 let product = &mut product[..n * cols];

@@ -11,7 +11,7 @@ pub(super) fn for_rows<E: Send>(
     step: usize,
     work: impl Fn(usize, &mut [E]) + Sync,
 ) {
-    let rows = if row_len == 0 { 0 } else { out.len() / row_len };
+    let rows = out.len().checked_div(row_len).unwrap_or(0);
     let per_thread = rows.div_ceil(threads.max(1)).next_multiple_of(step.max(1));
     if rows <= per_thread {
         return work(0, out);
