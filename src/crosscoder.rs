@@ -74,7 +74,7 @@ pub struct CrossCoder<B: Backend = Cpu> {
 
 impl<B: Backend> CrossCoder<B> {
     /// A crosscoder with these weights: `W_enc` [n_models, d_in, d_hidden], `W_dec` [d_hidden, n_models, d_in], `b_enc`
-    /// [d_hidden], `b_dec` [n_models, d_in], cast to the backend's dtype. No value is copied that already lies right: `W_enc`
+    /// \[d_hidden\], `b_dec` [n_models, d_in], cast to the backend's dtype. No value is copied that already lies right: `W_enc`
     /// as [d_hidden, n_models, d_in], which is how the original lays it out, in the backend's dtype.
     ///
     /// # Errors

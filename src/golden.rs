@@ -9,8 +9,17 @@
 //! ```
 //!
 //! must hold twice: with each of the three as the largest magnitude, and with each as the root mean square. `u` is the
-//! unit roundoff of the case's dtype, [`tolerance`] is the table of `k`, `c`, `f`. The judge [`Cpu<f64>`](crate::backend::Cpu)
-//! must meet `exact.KEY` to 1e-12 · S, which tells formulas from rounding. `init.*` is compared bit for bit.
+//! unit roundoff of the case's dtype. The judge [`Cpu<f64>`](crate::backend::Cpu) must meet `exact.KEY` to 1e-12 · S, which
+//! tells formulas from rounding. `init.*` is compared bit for bit.
+//!
+//! | keys | fp32: k, c | fp16, bf16: k, c | f |
+//! | --- | --- | --- | --- |
+//! | `train.lr`, `train.l1_coeff` | 1e-12 · S | 1e-12 · S | 0 |
+//! | `l0_loss`, `train.l0_loss` | 8, 32 | 4, 2 | 1 / batch: one sign of one pre-activation |
+//! | `*explained_variance*` | 8, 256 | 4, 2 | 0 |
+//! | every other | 8, 32 | 4, 2 | 0 |
+//!
+//! For explained variances `S` is at least 1; they err most where a row lies close to the batch mean, hence their larger `c`.
 //!
 //! Elements that are not finite: where `KEY` and `exact.KEY` both are not, ours is the same as `exact.KEY`; where one of the
 //! two is, the element is not compared; where both are finite, ours is finite.
@@ -101,16 +110,7 @@ impl Row {
     }
 }
 
-/// `k`, `c`, `f` of the rule for a key; `None` where the tolerance is 1e-12 · S alone.
-///
-/// | keys | fp32: k, c | fp16, bf16: k, c | f |
-/// | --- | --- | --- | --- |
-/// | `train.lr`, `train.l1_coeff` | 1e-12 · S | 1e-12 · S | 0 |
-/// | `l0_loss`, `train.l0_loss` | 8, 32 | 4, 2 | 1 / batch: one sign of one pre-activation |
-/// | `*explained_variance*` | 8, 256 | 4, 2 | 0 |
-/// | every other | 8, 32 | 4, 2 | 0 |
-///
-/// Explained variances err most where a row lies close to the batch mean: hence their larger `c` in fp32.
+/// `k`, `c`, `f` of the rule for a key, as in the module's table; `None` where the tolerance is 1e-12 · S alone.
 fn tolerance(key: &str, dtype: Dtype, batch: usize) -> Option<(f64, f64, f64)> {
     let half = dtype != Dtype::F32;
     match key {

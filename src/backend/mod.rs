@@ -1,5 +1,5 @@
 //! What a device must be able to do: some twenty primitives on matrices. The formulas of the model are made of them, once,
-//! in [`crate::autodiff`] and [`crate::crosscoder`]; a backend adds none of its own.
+//! in [`crate::autodiff`] and [`crate::CrossCoder`]; a backend adds none of its own.
 //!
 //! **Layout.** Both weights lie as [d_hidden, width] with `width = n_models · d_in`, in memory as in the original's files
 //! (`W_enc` [n_models, d_in, d_hidden] is saved as a transposed view of that). Activations lie as [batch, width]. Columns
