@@ -31,6 +31,7 @@
 //!
 //! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they need.
 
+pub mod atomic;
 pub mod autodiff;
 pub mod backend;
 pub mod config;

@@ -1,0 +1,170 @@
+//! Files that appear whole or not at all: written beside their place, synced to disk, then renamed over it.
+//!
+//! Order of durability: data to disk, rename, folder to disk. A crash, a full disk or a kill at any moment leaves the old
+//! file, or the new one; what may be left over is a temporary file, which [`remove_leftovers`] knows by its name.
+
+use crate::error::{Error, Result};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What stands in the names of temporary files: `.0.pt.4711-0.crosscoder-tmp`.
+const SUFFIX: &str = ".crosscoder-tmp";
+
+/// A file that is written and synced, but not yet in its place. Dropped, it is removed.
+#[derive(Debug)]
+pub struct Staged {
+    temporary: PathBuf,
+    path: PathBuf,
+    placed: bool,
+}
+
+/// Writes a file beside `path` and syncs it.
+///
+/// # Errors
+/// What `content` returns; a folder that cannot be written to, a full disk. No temporary file is left then.
+pub fn stage(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<Staged> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let name = path.file_name().ok_or_else(|| Error::usage("a file needs a name").in_file(path))?;
+    let mut temporary = OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{}-{}{SUFFIX}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+    let temporary = path.with_file_name(temporary);
+    let cannot = |e| Error::io("cannot write", e).in_file(path);
+    let file = File::create_new(&temporary).map_err(cannot)?;
+    let staged = Staged { temporary, path: path.to_owned(), placed: false };
+    let mut writer = BufWriter::with_capacity(1 << 20, file);
+    content(&mut writer).map_err(|e| e.in_file(path))?;
+    writer.flush().map_err(cannot)?;
+    writer.get_ref().sync_all().map_err(cannot)?;
+    Ok(staged)
+}
+
+impl Staged {
+    /// Renames the file into its place, over what is there, and syncs the folder.
+    ///
+    /// # Errors
+    /// If the rename fails; the old file is still there then.
+    pub fn place(mut self) -> Result<()> {
+        let cannot = |e| Error::io("cannot move the finished file into its place", e).in_file(&self.path);
+        std::fs::rename(&self.temporary, &self.path).map_err(cannot)?;
+        self.placed = true;
+        sync_folder(&self.path)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if !self.placed {
+            let _ = std::fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// [`stage`] and [`Staged::place`]: writes the file at `path`, whole or not at all.
+///
+/// # Errors
+/// As theirs.
+pub fn write(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    stage(path, content)?.place()
+}
+
+/// Syncs the folder that holds `path`, so that a rename in it outlives a power failure.
+fn sync_folder(path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    // Only Unix lets a folder be opened and synced.
+    if cfg!(unix) {
+        let sync = File::open(folder).and_then(|f| f.sync_all());
+        sync.map_err(|e| Error::io("cannot sync the folder", e).in_file(folder))?;
+    }
+    Ok(())
+}
+
+/// Removes temporary files that a killed process left in `folder`. Only for a folder that no other process writes to.
+///
+/// # Errors
+/// If the folder cannot be listed or a leftover cannot be removed.
+pub fn remove_leftovers(folder: &Path) -> Result<()> {
+    let cannot = |e| Error::io("cannot clean up", e).in_file(folder);
+    for entry in std::fs::read_dir(folder).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?;
+        if is_leftover(&entry.file_name()) {
+            std::fs::remove_file(entry.path())
+                .map_err(|e| Error::io("cannot remove a leftover", e).in_file(&entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
+fn is_leftover(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with('.') && name.ends_with(SUFFIX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("crosscoder-atomic-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let folder = folder("failed");
+        let path = folder.join("a.txt");
+        write(&path, |w| w.write_all(b"old").map_err(|e| Error::io("x", e))).unwrap();
+        let error = write(&path, |w| {
+            w.write_all(b"half of the new").map_err(|e| Error::io("x", e))?;
+            Err(Error::format("no more"))
+        });
+        assert!(error.unwrap_err().to_string().ends_with("a.txt: no more"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(&folder), ["a.txt"]);
+        write(&path, |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_was_staged_and_not_placed_is_gone() {
+        let folder = folder("staged");
+        let staged = stage(&folder.join("a"), |_| Ok(())).unwrap();
+        assert_eq!(names(&folder).len(), 1);
+        assert!(is_leftover(OsStr::new(&names(&folder)[0])));
+        drop(staged);
+        assert!(names(&folder).is_empty());
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn leftovers_of_a_killed_process_are_removed_and_nothing_else() {
+        let folder = folder("leftovers");
+        for name in [".0.pt.1-0.crosscoder-tmp", "0.pt", ".hidden", "x.crosscoder-tmp"] {
+            std::fs::write(folder.join(name), b"").unwrap();
+        }
+        remove_leftovers(&folder).unwrap();
+        assert_eq!(names(&folder), [".hidden", "0.pt", "x.crosscoder-tmp"]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_an_error_that_names_the_file() {
+        let error = write(Path::new("/nowhere/at/all/a.txt"), |_| Ok(())).unwrap_err().to_string();
+        assert!(error.starts_with("/nowhere/at/all/a.txt: cannot write"), "{error}");
+    }
+}
