@@ -39,6 +39,8 @@ mod crosscoder;
 pub mod dtype;
 pub mod error;
 pub mod golden;
+pub mod init;
+pub mod rng;
 pub mod sparse;
 pub mod tensor;
 
