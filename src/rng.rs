@@ -363,3 +363,146 @@ fn cos_sin(u2: f32) -> (f32, f32) {
     let negative = |v: f32, bit: i32| f32::from_bits(v.to_bits() ^ ((bit & 4) << 29) as u32);
     (negative(cosine, j + 2), negative(sine, j))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lines of a section of the fixture.
+    fn section(name: &str) -> impl Iterator<Item = &'static str> {
+        let text = include_str!("../fixtures/torch_init.txt");
+        let (_, text) = text.split_once(&format!("\n[{name}]\n")).unwrap();
+        text.lines().take_while(|line| !line.is_empty())
+    }
+
+    /// What stands behind `key=` in a line.
+    fn field(line: &'static str, key: &str) -> &'static str {
+        line.split(' ').find_map(|part| part.strip_prefix(key)?.strip_prefix('=')).unwrap()
+    }
+
+    fn hex(text: &str) -> u32 {
+        u32::from_str_radix(text, 16).unwrap()
+    }
+
+    fn fnv1a64(bytes: impl IntoIterator<Item = u8>) -> String {
+        let start = 0xcbf2_9ce4_8422_2325u64;
+        let hash = bytes.into_iter().fold(start, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
+        format!("{hash:016x}")
+    }
+
+    #[test]
+    fn words_are_torchs() {
+        let mut seeds = 0;
+        for line in section("words") {
+            let rng = Mt19937::new(field(line, "seed").parse().unwrap()).unwrap();
+            let mut first = [0; 4];
+            rng.clone().fill_u32(&mut first);
+            assert!(line.contains(&first.map(|w| format!("{w:08x}")).join(" ")), "{first:x?}: {line}");
+            let mut skipped = rng.clone();
+            skipped.skip(999);
+            assert_eq!(skipped.next_u32(), hex(field(line, "w999")), "{line}");
+            seeds += 1;
+        }
+        assert_eq!(seeds, 10);
+    }
+
+    #[test]
+    fn skipping_and_filling_are_taking_one_by_one() {
+        for count in [0, 1, 15, 623, 624, 625, 1247, 1248, 1249, 5000] {
+            for before in [0, 1, 600, 624] {
+                let mut taken = Mt19937::new(49).unwrap();
+                for _ in 0..before {
+                    taken.next_u32();
+                }
+                let (mut skipped, mut filled) = (taken.clone(), taken.clone());
+                let words: Vec<u32> = (0..count).map(|_| taken.next_u32()).collect();
+                skipped.skip(count as u64);
+                let mut out = vec![0; count];
+                filled.fill_u32(&mut out);
+                assert_eq!(out, words);
+                assert_eq!((skipped, filled), (taken.clone(), taken), "{count} after {before}");
+            }
+        }
+    }
+
+    #[test]
+    fn seeds_outside_64_bits_are_refused() {
+        for seed in [-(1 << 63) - 1, 1 << 64, i128::MAX, i128::MIN] {
+            assert!(Mt19937::new(seed).unwrap_err().to_string().contains(&seed.to_string()));
+        }
+        // -2^63 and 2^64 - 1 are the last ones allowed; the low 32 bits of the first are 0.
+        assert_eq!(Mt19937::new(-(1 << 63)).unwrap(), Mt19937::new(0).unwrap());
+        assert_eq!(Mt19937::new((1 << 64) - 1).unwrap(), Mt19937::new(-1).unwrap());
+    }
+
+    #[test]
+    fn a_state_goes_on_where_it_was_taken() {
+        let mut rng = Mt19937::new(7).unwrap();
+        rng.normal_fill(&mut [0f32; 701]);
+        rng.normal_fill(&mut [0f32; 3]);
+        let state = rng.state();
+        let mut again = Mt19937::from_state(&state).unwrap();
+        let (mut a, mut b) = ([0f32; 5], [0f32; 5]);
+        rng.normal_fill(&mut a);
+        again.normal_fill(&mut b);
+        assert_eq!((a, rng), (b, again));
+        assert!(Mt19937::from_state(&State { used: 625, ..state.clone() }).is_err());
+        assert!(Mt19937::from_state(&State { words: vec![0; 623], ..state }).is_err());
+    }
+
+    /// The arithmetic of `normal_` on all its inputs: with them the draws of sixteen values and more are settled.
+    #[test]
+    fn radius_cosine_and_sine_of_every_uniform() {
+        /// A uniform whose radius is 1.
+        const UNIT: u32 = 6_601_320;
+        let [mut r, mut c, mut s] = [(); 3].map(|()| Vec::with_capacity(1 << 24));
+        let (mut words, mut values) = ([0; GROUP], [0.0; GROUP]);
+        for k in (0..1 << 24).step_by(GROUP / 2) {
+            for (b, block) in words.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+                *block = std::array::from_fn(|i| if i < 8 { k + (8 * b + i) as u32 } else { 0 });
+            }
+            box_muller(&words, &mut values);
+            values.as_chunks::<BLOCK>().0.iter().for_each(|block| r.extend_from_slice(&block[..8]));
+            for block in words.as_chunks_mut::<BLOCK>().0 {
+                *block = std::array::from_fn(|i| if i < 8 { UNIT } else { block[i - 8] });
+            }
+            box_muller(&words, &mut values);
+            for block in values.as_chunks::<BLOCK>().0 {
+                c.extend_from_slice(&block[..8]);
+                s.extend_from_slice(&block[8..]);
+            }
+        }
+        let mut compared = 0;
+        for line in section("exact") {
+            for (name, values) in [("R", &r), ("C", &c), ("S", &s)] {
+                if line.starts_with("k=") {
+                    let k: usize = field(line, "k").parse().unwrap();
+                    assert_eq!(values[k].to_bits(), hex(field(line, name)), "{name}: {line}");
+                    compared += 1;
+                } else if line.starts_with(name) {
+                    let bytes = values.iter().flat_map(|v| v.to_le_bytes());
+                    assert_eq!(fnv1a64(bytes), field(line, "fnv1a64"), "{name}");
+                    compared += 1;
+                }
+            }
+        }
+        assert_eq!(compared, 3 + 3 * 25);
+    }
+
+    #[test]
+    fn permutations_are_torchs() {
+        let mut lines = 0;
+        for line in include_str!("../fixtures/torch_randperm.txt").lines().filter(|line| !line.starts_with('#')) {
+            let mut rng = Mt19937::new(field(line, "seed").parse().unwrap()).unwrap();
+            for (name, sum) in [("a", "a_fnv"), ("b", "b_fnv")] {
+                let perm = rng.randperm(field(line, "n").parse().unwrap());
+                let first: Vec<String> = perm.iter().take(8).map(usize::to_string).collect();
+                assert_eq!(first.join(","), field(line, name), "{name}: {line}");
+                assert_eq!(fnv1a64(perm.iter().flat_map(|&i| (i as u64).to_le_bytes())), field(line, sum), "{line}");
+            }
+            assert_eq!(rng.next_u32() & 0xff_ffff, hex(field(line, "word")), "{line}");
+            lines += 1;
+        }
+        assert_eq!(lines, 48);
+    }
+}
