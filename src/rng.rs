@@ -316,7 +316,7 @@ fn radius(u1: f32) -> f32 {
         0x3eaa_aaaa, // 3.3333331e-1
     ];
     const Q1: f32 = f32::from_bits(0xb95e_8083); // -2.1219444e-4
-    const Q2: f32 = 0.693359375; // Q1 + Q2 = ln 2
+    const Q2: f32 = 0.693359375; // Q1 + Q2 = ln 2; e times this one is exact
     const SQRT_HALF: f32 = f32::from_bits(0x3f35_04f3);
     // u1 = m · 2^e, m in [√½, √2), x = m - 1.
     let bits = u1.to_bits();
@@ -332,7 +332,7 @@ fn radius(u1: f32) -> f32 {
     y *= x;
     y = fma(y, z, e * Q1);
     y -= 0.5 * z;
-    let log = fma(e, Q2, x + y);
+    let log = e * Q2 + (x + y);
     (-2.0 * log).sqrt()
 }
 
@@ -341,18 +341,21 @@ fn radius(u1: f32) -> f32 {
 fn cos_sin(u2: f32) -> (f32, f32) {
     const TWO_PI: f32 = f32::from_bits(0x40c9_0fdb);
     const FOUR_OVER_PI: f32 = f32::from_bits(0x3fa2_f983);
-    const D: [u32; 3] = [0xbf49_0000, 0xb97d_a000, 0xb322_2169]; // their sum is -π/4
+    // Their sum is -π/4. The first two have so few bits that j times them is exact.
+    const D1: f32 = f32::from_bits(0xbf49_0000);
+    const D2: f32 = f32::from_bits(0xb97d_a000);
+    const D3: f32 = f32::from_bits(0xb322_2169);
     const C: [u32; 3] = [0x37cc_f5ce, 0xbab6_061a, 0x3d2a_aaa5]; // 2.4433157e-5, -1.3887316e-3, 4.1666646e-2
     const S: [u32; 3] = [0xb94c_a1f9, 0x3c08_839e, 0xbe2a_aaa3]; // -1.9515296e-4, 8.3321612e-3, -1.6666655e-1
     let [c0, c1, c2] = C.map(f32::from_bits);
     let [s0, s1, s2] = S.map(f32::from_bits);
     // θ = x + j·π/4, j even, x in [-π/4, π/4].
     let theta = TWO_PI * u2;
-    let j = ((theta * FOUR_OVER_PI) as i32 + 1) & !1; // 0, 2, 4, 6, 8
-    let mut x = theta;
-    for d in D {
-        x = fma(j as f32, f32::from_bits(d), x);
-    }
+    let eighths = theta * FOUR_OVER_PI;
+    // (⌊eighths⌋ + 1) & !1, which is 0, 2, 4, 6 or 8, by comparisons: a cast to integers would not become vectors.
+    let j = [1.0, 3.0, 5.0, 7.0].iter().fold(0, |j, &from| j + if eighths >= from { 2 } else { 0 });
+    let y = j as f32;
+    let x = fma(y, D3, (theta + y * D1) + y * D2);
     let z = x * x;
     let mut c = fma(fma(c0, z, c1), z, c2) * z;
     c = fma(c, z, -0.5 * z) + 1.0;
