@@ -21,8 +21,9 @@ const RUN: usize = 1 << 16;
 /// `W_dec = W / ‖W‖ · dec_init_norm` with `W` the second `normal_` after `torch.manual_seed(seed)` and the norm over
 /// d_in, `W_enc[m,i,h] = W_dec[h,m,i]`, biases zero.
 ///
-/// `W_enc` [n_models, d_in, d_hidden], lying as `W_dec` does; `W_dec` [d_hidden, n_models, d_in]; `b_enc` [d_hidden];
-/// `b_dec` [n_models, d_in]; all in `dtype`. The draw is rounded to `dtype`, then the norm, the quotient, the product.
+/// `W_enc` `[n_models, d_in, d_hidden]`, lying as `W_dec` does; `W_dec` `[d_hidden, n_models, d_in]`; `b_enc`
+/// `[d_hidden]`; `b_dec` `[n_models, d_in]`; all in `dtype`. The draw is rounded to `dtype`, then the norm, the quotient,
+/// the product.
 /// Original: `CrossCoder.__init__`, where n_models is 2.
 ///
 /// # Errors

@@ -236,15 +236,21 @@ impl Mt19937 {
         (self.next_u64() & ((1 << 53) - 1)) as f64 * 2f64.powi(-53)
     }
 
-    /// `torch.randperm(n)`: each place from the first to the last but one is exchanged with a place at or after it,
-    /// `word mod (places left)` further on. From 2^32 / 20 places a word has 64 bits.
+    /// `torch.randperm(n)`, of int64 as it is by default. Each place from the first to the last but one is exchanged with
+    /// the one `word mod (places left)` further on. From 2^32 / 20 places it is another algorithm, on 64-bit words.
     pub fn randperm(&mut self, n: usize) -> Vec<usize> {
-        const WIDE_FROM: u64 = u32::MAX as u64 / 20;
-        let wide = n as u64 >= WIDE_FROM;
+        const LONG: u64 = u32::MAX as u64 / 20;
         let mut perm: Vec<usize> = (0..n).collect();
-        for i in 0..n.saturating_sub(1) {
-            let word = if wide { self.next_u64() } else { u64::from(self.next_u32()) };
-            perm.swap(i, i + (word % (n - i) as u64) as usize); // less than n
+        if (n as u64) < LONG {
+            for i in 0..n.saturating_sub(1) {
+                perm.swap(i, i + self.next_u32() as usize % (n - i));
+            }
+        } else {
+            // Number i is put in one of the i + 1 places so far, and what was there comes last. Too long for a test of
+            // every day; compared with PyTorch at 214,748,363 to 214,748,365, around the limit.
+            for i in 0..n {
+                perm.swap(i, (self.next_u64() % (i as u64 + 1)) as usize); // at most i
+            }
         }
         perm
     }
@@ -316,7 +322,7 @@ fn radius(u1: f32) -> f32 {
         0x3eaa_aaaa, // 3.3333331e-1
     ];
     const Q1: f32 = f32::from_bits(0xb95e_8083); // -2.1219444e-4
-    const Q2: f32 = 0.693359375; // Q1 + Q2 = ln 2; e times this one is exact
+    const Q2: f32 = f32::from_bits(0x3f31_8000); // 0.693359375; Q1 + Q2 = ln 2, e times this one is exact
     const SQRT_HALF: f32 = f32::from_bits(0x3f35_04f3);
     // u1 = m · 2^e, m in [√½, √2), x = m - 1.
     let bits = u1.to_bits();
