@@ -1,9 +1,9 @@
 //! The weights of the original's `__init__`, bit for bit.
 //!
 //! The original draws `W_enc`, throws it away, draws `W_dec`, and makes `W_enc` a transposed copy of it. Here the first
-//! draw is skipped by running the generator alone. The second is cut into runs of whole rows: whoever takes the next run
-//! takes with it a copy of the generator and leaves the generator behind the run. So the threads share no more than the
-//! twist, and any number of them gives the same bits.
+//! draw is skipped by running the generator alone. The second is cut into runs of whole rows: whoever takes the next
+//! run takes with it a copy of the generator and leaves the generator behind the run. So the threads share no more than
+//! the twist, and any number of them gives the same bits.
 
 use crate::autodiff::Parameters;
 use crate::dtype::Dtype;
@@ -22,12 +22,13 @@ const RUN: usize = 1 << 16;
 /// d_in, `W_enc[m,i,h] = W_dec[h,m,i]`, biases zero.
 ///
 /// `W_enc` `[n_models, d_in, d_hidden]`, lying as `W_dec` does; `W_dec` `[d_hidden, n_models, d_in]`; `b_enc`
-/// `[d_hidden]`; `b_dec` `[n_models, d_in]`; all in `dtype`. The draw is rounded to `dtype`, then the norm, the quotient,
-/// the product.
+/// `[d_hidden]`; `b_dec` `[n_models, d_in]`; all in `dtype`. The draw is rounded to `dtype`, then the norm, the
+/// quotient, the product.
 /// Original: `CrossCoder.__init__`, where n_models is 2.
 ///
 /// # Errors
-/// A seed that PyTorch refuses, a dtype other than float32, float16, bfloat16, a size of 0, sizes that memory cannot hold.
+/// A seed that PyTorch refuses; a dtype other than float32, float16, bfloat16; a size of 0; sizes that memory cannot
+/// hold.
 pub fn initial_weights(
     seed: i128,
     d_hidden: usize,

@@ -236,8 +236,8 @@ impl Mt19937 {
         (self.next_u64() & ((1 << 53) - 1)) as f64 * 2f64.powi(-53)
     }
 
-    /// `torch.randperm(n)`, of int64 as it is by default. Each place from the first to the last but one is exchanged with
-    /// the one `word mod (places left)` further on. From 2^32 / 20 places it is another algorithm, on 64-bit words.
+    /// `torch.randperm(n)`, of int64 as it is by default. Each place from the first to the last but one is exchanged
+    /// with the one `word mod (places left)` further on. From 2^32 / 20 places it is another algorithm, on 64-bit words.
     pub fn randperm(&mut self, n: usize) -> Vec<usize> {
         const LONG: u64 = u32::MAX as u64 / 20;
         let mut perm: Vec<usize> = (0..n).collect();
