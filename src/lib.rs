@@ -7,6 +7,8 @@ mod crosscoder;
 pub mod dtype;
 pub mod error;
 pub mod golden;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod sparse;
 pub mod tensor;
 
