@@ -168,18 +168,21 @@ impl Client {
         }
         let request = request.body(()).map_err(|e| Failure::new(Class::Final, e.to_string()))?;
         self.agent.run(request).map_err(|error| {
-            use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable};
+            use std::io::ErrorKind as Io;
             use ureq::Timeout::{Connect, Resolve};
             let class = match &error {
                 ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => Class::Unreachable,
                 ureq::Error::Timeout(Connect | Resolve) => Class::Unreachable,
-                ureq::Error::Io(e) => match e.kind() {
-                    ConnectionRefused | HostUnreachable | NetworkUnreachable => Class::Unreachable,
-                    // A certificate that does not hold, for one.
-                    InvalidData => Class::Final,
-                    _ => Class::Transient(None),
-                },
                 ureq::Error::Timeout(_) | ureq::Error::Protocol(_) => Class::Transient(None),
+                ureq::Error::Io(e) => match e.kind() {
+                    // The connection was there.
+                    Io::ConnectionReset | Io::ConnectionAborted | Io::BrokenPipe => Class::Transient(None),
+                    Io::UnexpectedEof | Io::TimedOut | Io::WouldBlock | Io::Interrupted => Class::Transient(None),
+                    // A certificate that does not hold, for one.
+                    Io::InvalidData => Class::Final,
+                    // Refused, no route, no such name (which has no kind of its own).
+                    _ => Class::Unreachable,
+                },
                 _ => Class::Final,
             };
             let error = Error::new(ErrorKind::Network, format!("no answer from {}", url.base())).with_source(error);
@@ -273,10 +276,13 @@ impl Client {
             (401..=404 | 410, _) if !at_home => {
                 (Class::Stale, format!("{who} answers {status}{said}; its link may have expired"))
             }
-            (401 | 403, Some("GatedRepo")) => (
-                Class::Denied,
-                format!("access to the repository is gated{said}: ask for it on its page, then set HF_TOKEN"),
-            ),
+            (401 | 403, Some("GatedRepo")) => {
+                let remedy = match self.token {
+                    Some(_) => "ask for it on the repository's page; the account of HF_TOKEN has none",
+                    None => "ask for it on the repository's page, then set HF_TOKEN",
+                };
+                (Class::Denied, format!("access is gated{said}: {remedy}"))
+            }
             (404, Some("EntryNotFound")) => (Class::Final, "no such file in the repository".to_owned()),
             (404, Some("RevisionNotFound")) => (Class::Final, "no such revision in the repository".to_owned()),
             (401, _) => (Class::Denied, format!("repository not found (401){said}; {token}")),
