@@ -55,6 +55,8 @@ struct Answer {
     cut: Option<usize>,
     /// Say nothing for so long after that.
     silence: Duration,
+    /// Send the body in pieces of ten bytes, with so long between them.
+    drip: Option<Duration>,
 }
 
 impl Answer {
@@ -220,7 +222,13 @@ impl Shared {
         let body = if request.is_head() { &[][..] } else { &answer.body[..answer.cut.unwrap_or(answer.body.len())] };
         self.sent.fetch_add(body.len(), Ordering::SeqCst);
         // The client may have hung up: its right.
-        let _ = stream.write_all(format!("{head}\r\n").as_bytes()).and_then(|()| stream.write_all(body));
+        let _ = stream.write_all(format!("{head}\r\n").as_bytes()).and_then(|()| match answer.drip {
+            None => stream.write_all(body),
+            Some(pause) => body.chunks(10).try_for_each(|piece| {
+                std::thread::sleep(pause);
+                stream.write_all(piece)
+            }),
+        });
         std::thread::sleep(answer.silence);
     }
 
@@ -255,7 +263,8 @@ impl Shared {
         }
         let (etag, size) = (format!("\"{}\"", sha256(bytes)), bytes.len().to_string());
         let there = format!("{cdn_address}/cdn/{file}");
-        let headers = [commit, ("X-Linked-Etag", &etag), ("X-Linked-Size", &size), ("Location", &there)];
+        let own = ("ETag", "\"of the redirect\"");
+        let headers = [commit, own, ("X-Linked-Etag", &etag), ("X-Linked-Size", &size), ("Location", &there)];
         Answer::new(302, &headers, b"Found")
     }
 }
@@ -535,6 +544,14 @@ fn a_connection_that_always_breaks_is_good_enough_if_it_brings_the_file_forward(
 }
 
 #[test]
+fn a_connection_that_brings_next_to_nothing_is_left() {
+    let fake = Fake::with(|request, usual| if request.is_bytes() { usual.cut(1000) } else { usual });
+    let folder = Folder::new();
+    assert_fails(&fake, &folder, LARGE, &["attempts: 6", "byte 6000 of 300123"]);
+    assert_eq!(folder.partials(), [6000]);
+}
+
+#[test]
 fn the_next_run_goes_on_where_the_last_one_ended() {
     let fake = Fake::with(|request, usual| match request.nth {
         0 if request.is_bytes() => usual.cut(200_000),
@@ -601,28 +618,38 @@ fn garbage_of_others_costs_one_transfer() {
         fs::write(blobs.join(format!("{}.00000000.incomplete", sha256(&large()))), vec![9; length]).unwrap();
         assert_large(&fake, &folder);
         assert!(fake.sent() <= 2 * LARGE_SIZE, "{}", fake.sent());
+        // What is too long is seen to be garbage at once, the rest by its hash.
+        assert_eq!(fake.count(Request::is_head), if length > LARGE_SIZE { 1 } else { 2 });
     }
 }
 
 #[test]
 fn servers_that_cannot_continue_a_file_send_it_whole() {
     type Fault = fn(Answer) -> Answer;
-    let faults: [(&str, Fault); 5] = [
-        ("ignores the range", |_| Answer::new(200, &[], &large())),
-        ("416", |_| Answer::error(416, "")),
-        ("another range", |usual| usual.with("Content-Range", Some("bytes 0-300122/300123"))),
-        ("no range", |usual| usual.with("Content-Range", None)),
-        ("lies", |usual| Answer { body: large()[..usual.body.len()].to_vec(), ..usual }),
+    let faults: [(&str, Fault, usize); 5] = [
+        ("ignores the range", |_| Answer::new(200, &[], &large()), 1),
+        ("416", |_| Answer::error(416, ""), 1),
+        (
+            "another range",
+            |usual| {
+                let body = large()[..usual.body.len()].to_vec();
+                Answer { body, ..usual }.with("Content-Range", Some("bytes 0-200122/300123"))
+            },
+            1,
+        ),
+        ("no range", |usual| usual.with("Content-Range", None), 1),
+        // Only the hash shows it; then the hub is asked again.
+        ("lies", |usual| Answer { body: large()[..usual.body.len()].to_vec(), ..usual }, 2),
     ];
-    for (name, fault) in faults {
+    for (name, fault, questions) in faults {
         let fake = Fake::with(move |request, usual| match request.nth {
             0 if request.is_bytes() => usual.cut(100_000),
-            1 if request.is_bytes() => fault(usual),
+            _ if request.is_bytes() && request.headers.contains_key("range") => fault(usual),
             _ => usual,
         });
-        println!("{name}");
         assert_large(&fake, &Folder::new());
-        assert!(fake.count(Request::is_bytes) <= 3);
+        assert!(fake.count(Request::is_bytes) <= 3, "{name}");
+        assert_eq!(fake.count(Request::is_head), questions, "{name}");
     }
     // A server that never can, and always breaks off, is left in the end.
     let fake = Fake::with(
@@ -646,6 +673,17 @@ fn silence_is_a_broken_connection() {
     let hub = fake.hub(&folder.cache()).timeout(Duration::from_millis(300));
     assert!(fs::read(hub.download(REPO, LARGE, "main", &mut quiet).unwrap()).unwrap() == large());
     assert_eq!(fake.sent(), LARGE_SIZE);
+    assert!(start.elapsed() < Duration::from_secs(5));
+
+    // So is a trickle, 500 bytes a second.
+    fake.behave(|request, mut usual| {
+        usual.drip = (request.is_bytes() && request.nth == 0).then_some(Duration::from_millis(20));
+        usual
+    });
+    fake.forget();
+    let (folder, start) = (Folder::new(), Instant::now());
+    let hub = fake.hub(&folder.cache()).timeout(Duration::from_millis(300));
+    assert!(fs::read(hub.download(REPO, LARGE, "main", &mut quiet).unwrap()).unwrap() == large());
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 

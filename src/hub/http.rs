@@ -116,8 +116,8 @@ pub(super) struct Described {
 
 /// An open answer with the bytes of a file.
 pub(super) struct Content {
-    /// First byte and length of the whole file as the answer has them, if it is a part.
-    pub(super) range: Option<(u64, Option<u64>)>,
+    /// The byte of the file that the answer begins with, if it is a part.
+    pub(super) first: Option<u64>,
     /// `Content-Length`.
     pub(super) length: Option<u64>,
     pub(super) gzip: bool,
@@ -243,16 +243,16 @@ impl Client {
                 continue;
             }
             let headers = response.headers();
-            let range = match response.status().as_u16() {
+            let first = match response.status().as_u16() {
                 200 => None,
-                206 => match text(headers, "content-range").as_deref().and_then(content_range) {
-                    Some(range) => Some(range),
+                206 => match text(headers, "content-range").as_deref().and_then(first_of_range) {
+                    Some(first) => Some(first),
                     None => return Err(Failure::new(Class::Restart, "an answer 206 without a readable Content-Range")),
                 },
                 _ => return Err(self.refusal(&response, at_home)),
             };
             let (length, gzip) = (number(headers, "content-length"), is_gzip(headers));
-            return Ok(Content { range, length, gzip, body: response.into_body() });
+            return Ok(Content { first, length, gzip, body: response.into_body() });
         }
         Err(too_many_hops())
     }
@@ -322,14 +322,9 @@ fn is_gzip(headers: &HeaderMap) -> bool {
     text(headers, "content-encoding").is_some_and(|encoding| encoding.trim().eq_ignore_ascii_case("gzip"))
 }
 
-/// First byte and total of `bytes FIRST-LAST/TOTAL`; the total may be `*`.
-fn content_range(header: &str) -> Option<(u64, Option<u64>)> {
-    let (range, total) = header.trim().strip_prefix("bytes ")?.split_once('/')?;
-    let first = range.split_once('-')?.0.trim().parse().ok()?;
-    match total.trim() {
-        "*" => Some((first, None)),
-        total => Some((first, Some(total.parse().ok()?))),
-    }
+/// FIRST of `bytes FIRST-LAST/TOTAL`.
+fn first_of_range(header: &str) -> Option<u64> {
+    header.trim().strip_prefix("bytes ")?.split_once('-')?.0.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -367,12 +362,10 @@ mod tests {
 
     #[test]
     fn content_ranges() {
-        assert_eq!(content_range("bytes 5-9/10"), Some((5, Some(10))));
-        assert_eq!(content_range("bytes 5-9/*"), Some((5, None)));
-        for bad in
-            ["", "bytes", "bytes */10", "bytes 5/10", "bytes x-9/10", "bytes 5-9/x", "bytes 99999999999999999999-/1"]
-        {
-            assert_eq!(content_range(bad), None, "{bad}");
+        assert_eq!(first_of_range("bytes 5-9/10"), Some(5));
+        assert_eq!(first_of_range("bytes 5-9/*"), Some(5));
+        for bad in ["", "bytes", "bytes */10", "bytes 5/10", "bytes x-9/10", "bytes 99999999999999999999-/1"] {
+            assert_eq!(first_of_range(bad), None, "{bad}");
         }
     }
 }

@@ -208,13 +208,10 @@ impl<'a> Partial<'a> {
     ) -> Result<(), Failure> {
         let size = self.described.size;
         let content = client.open(&self.described.url, self.done)?;
-        match content.range {
+        match content.first {
             // The server ignores ranges.
             None => self.reset()?,
-            Some((_, Some(total))) if total != size => {
-                return Err(Failure::new(Class::Stale, format!("the file has {total} bytes; the hub says {size}")));
-            }
-            Some((first, _)) if first != self.done || content.gzip => {
+            Some(first) if first != self.done || content.gzip => {
                 let what = format!("asked for byte {} and after, got byte {first} and after", self.done);
                 return Err(Failure::new(Class::Restart, what));
             }
@@ -251,8 +248,10 @@ impl<'a> Partial<'a> {
             report(Event::Bytes { file, done: self.done, total: size });
             in_window = in_window.saturating_add(count as u64);
             if since.elapsed() >= timeout {
-                if in_window < SLOWEST_BYTES_PER_S.saturating_mul(timeout.as_secs()) && self.done < size {
-                    return Err(Failure::transient(format!("{in_window} bytes in {} s", timeout.as_secs())));
+                let floor = u128::from(SLOWEST_BYTES_PER_S).saturating_mul(timeout.as_millis()) / 1000;
+                if u128::from(in_window) < floor && self.done < size {
+                    let what = format!("only {in_window} bytes in {:.1} s", since.elapsed().as_secs_f64());
+                    return Err(Failure::transient(what));
                 }
                 (since, in_window) = (Instant::now(), 0);
             }
