@@ -39,6 +39,8 @@ mod crosscoder;
 pub mod dtype;
 pub mod error;
 pub mod golden;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod init;
 pub mod rng;
 pub mod sparse;

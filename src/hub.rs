@@ -1,0 +1,429 @@
+//! Files of the Hugging Face hub, in the cache that all its clients share.
+//!
+//! A download is two questions. The hub is asked what the file is (commit, size, hash), then whoever it names is asked
+//! for the bytes. Nothing is believed: names are checked before they touch a path, the bytes are hashed before the file
+//! becomes visible, and the token goes to the hub's own origin only. What breaks off goes on where it was, in the same
+//! run or the next. The cache is that of `huggingface_hub`, which finds what we fetch as we find what it fetched.
+//!
+//! Left out: uploads, listings, data sets and spaces, Xet transfers (the hub serves the same files without), a record
+//! of files known to be absent.
+//!
+//! Original: `CrossCoder.load_from_hf`, which calls `huggingface_hub.hf_hub_download`.
+
+#![deny(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::arithmetic_side_effects
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod cache;
+mod http;
+mod names;
+mod transfer;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use cache::Repository;
+use http::{Class, Client, Described, Failure, Url};
+use names::{Commit, Target};
+use transfer::{Partial, Patience};
+
+/// The repository of `load_from_hf` unless told otherwise.
+pub const DEFAULT_REPO: &str = "ckkissane/crosscoder-gemma-2-2b-model-diff";
+/// The folder of `load_from_hf` unless told otherwise.
+pub const DEFAULT_PATH: &str = "blocks.14.hook_resid_pre";
+/// The branch every repository has.
+pub const DEFAULT_REVISION: &str = "main";
+/// The configuration beside the weights, in a published folder.
+pub const CFG_FILE: &str = "cfg.json";
+/// The weights in a published folder.
+pub const WEIGHTS_FILE: &str = "cc_weights.pt";
+
+/// Times the hub is asked again what a file is, when its bytes do not fit what it said.
+const ROUNDS: u32 = 2;
+
+/// What happens during a download.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// So many bytes of the file are on disk, those of earlier runs included. The first one tells where it starts.
+    Bytes {
+        /// Path in the repository.
+        file: &'a str,
+        /// Bytes on disk. Falls back to 0 where the server cannot continue a file.
+        done: u64,
+        /// Bytes of the whole file.
+        total: u64,
+    },
+    /// An attempt failed; the next one follows after the wait.
+    Retry {
+        /// Path in the repository.
+        file: &'a str,
+        /// Time to the next attempt.
+        wait: Duration,
+        /// Why the last one failed.
+        reason: &'a Error,
+    },
+    /// Another process downloads the same file: its end is awaited.
+    Waiting {
+        /// Path in the repository.
+        file: &'a str,
+    },
+    /// The hub cannot be asked; the file is taken as the cache has it, which may be an older version.
+    Cached {
+        /// Path in the repository.
+        file: &'a str,
+        /// Why the hub cannot be asked.
+        reason: &'a Error,
+    },
+}
+
+/// A hub, and the cache on disk that belongs to it.
+///
+/// ```no_run
+/// use crosscoder::hub::{self, Hub};
+///
+/// let hub = Hub::from_env()?;
+/// let path = hub.download(hub::DEFAULT_REPO, "blocks.14.hook_resid_pre/cfg.json", "main", &mut |_| {})?;
+/// println!("{}", std::fs::read_to_string(path).unwrap());
+/// # Ok::<(), crosscoder::Error>(())
+/// ```
+pub struct Hub {
+    endpoint: Url,
+    cache: PathBuf,
+    token: Option<String>,
+    offline: bool,
+    proxy: Option<ureq::Proxy>,
+    timeout: Duration,
+    backoff: Duration,
+}
+
+impl Hub {
+    /// `https://huggingface.co` with this cache folder, without a token or a proxy; no environment variable is read.
+    pub fn new(cache: impl Into<PathBuf>) -> Result<Self> {
+        Ok(Hub {
+            endpoint: Url::parse("https://huggingface.co")?,
+            cache: cache.into(),
+            token: None,
+            offline: false,
+            proxy: None,
+            timeout: Duration::from_secs(15),
+            backoff: Duration::from_millis(500),
+        })
+    }
+
+    /// As the environment has it, by the names and defaults of `huggingface_hub`.
+    ///
+    /// - cache: `HF_HUB_CACHE`, else `HUGGINGFACE_HUB_CACHE`, else `$HF_HOME/hub`, where `HF_HOME` is by default
+    ///   `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`;
+    /// - token: `HF_TOKEN`, else the content of the file `HF_TOKEN_PATH`, by default `$HF_HOME/token`;
+    /// - `HF_ENDPOINT`; `HF_HUB_OFFLINE` (`1`, `true`, `yes`, `on`);
+    /// - `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Usage`] if an address or the token cannot be one, or there is no home folder.
+    pub fn from_env() -> Result<Self> {
+        let mut hub = Self::from_vars(|name| std::env::var_os(name))?;
+        hub.proxy = ureq::Proxy::try_from_env();
+        Ok(hub)
+    }
+
+    /// [`Hub::from_env`] with the given variables in place of the environment's, and no proxy.
+    pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        let set = |name: &str| var(name).filter(|value| !value.is_empty());
+        let user = set("HOME").map(PathBuf::from).or_else(std::env::home_dir);
+        // "~/x" comes from configuration files, where no shell has replaced it.
+        let path = |name: &str| {
+            let path = PathBuf::from(set(name)?);
+            match (path.strip_prefix("~"), &user) {
+                (Ok(rest), Some(user)) => Some(user.join(rest)),
+                _ => Some(path),
+            }
+        };
+        let home = path("HF_HOME")
+            .or_else(|| Some(path("XDG_CACHE_HOME")?.join("huggingface")))
+            .or_else(|| Some(user.as_ref()?.join(".cache").join("huggingface")));
+        let cache = path("HF_HUB_CACHE")
+            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
+            .or_else(|| Some(home.as_ref()?.join("hub")))
+            .ok_or_else(|| Error::usage("no home folder to keep downloads in; set HF_HUB_CACHE"))?;
+        let mut hub = Hub::new(cache)?;
+        if let Some(endpoint) = set("HF_ENDPOINT") {
+            hub = hub.endpoint(&endpoint.to_string_lossy()).map_err(|error| error.at("HF_ENDPOINT"))?;
+        }
+        if let Some(token) = set("HF_TOKEN") {
+            hub = hub.token(&token.to_string_lossy()).map_err(|error| error.at("HF_TOKEN"))?;
+        } else if let Some(file) = path("HF_TOKEN_PATH").or_else(|| Some(home?.join("token")))
+            && let Ok(token) = fs::read_to_string(&file)
+        {
+            hub = hub.token(&token).map_err(|error| error.in_file(&file))?;
+        }
+        let offline = set("HF_HUB_OFFLINE").unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        Ok(hub.offline(matches!(offline.as_str(), "1" | "true" | "yes" | "on")))
+    }
+
+    /// Another hub: `http` or `https`, a host, perhaps a path.
+    pub fn endpoint(mut self, address: &str) -> Result<Self> {
+        self.endpoint = Url::parse(address.trim_end_matches('/')).map_err(|error| Error::usage(error.to_string()))?;
+        Ok(self)
+    }
+
+    /// The user's access token; an empty one is none.
+    pub fn token(mut self, token: &str) -> Result<Self> {
+        let token = token.trim();
+        if !token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(Error::usage("the access token has characters that no token has"));
+        }
+        self.token = (!token.is_empty()).then(|| token.to_owned());
+        Ok(self)
+    }
+
+    /// Whether to do without the network.
+    pub fn offline(mut self, offline: bool) -> Self {
+        self.offline = offline;
+        self
+    }
+
+    /// How long a server may be silent: while connecting, before it answers, between two pieces. By default 15 s.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The wait after a first failure, doubled after each further one. By default 0.5 s.
+    pub fn backoff(mut self, first: Duration) -> Self {
+        self.backoff = first;
+        self
+    }
+
+    /// The cache folder.
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// Makes one file of a model repository available and returns its path in the cache.
+    ///
+    /// `repo` is `ORG/NAME`, `file` a path inside it, `revision` a branch, tag, `refs/pr/N` or commit id. A file that
+    /// is in the cache is not transferred again; one of a commit id does not even need a question to the hub.
+    ///
+    /// Busy servers and broken connections are met with up to six attempts in a row, growing waits (or those of
+    /// `Retry-After`, up to 60 s) and some 60 s of patience, both renewed as long as the file comes forward.
+    /// If the hub cannot be reached, or does not let us in, the cached file is returned if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Usage`] for names that are none; [`ErrorKind::Network`] if there is no such repository, revision or
+    /// file, it is gated or private, the hub does not answer or says what cannot be, or the bytes do not hash to what it
+    /// says; [`ErrorKind::Io`] for the disk. What was transferred before an error is kept for the next run, unless it is
+    /// wrong.
+    ///
+    /// Original: `hf_hub_download(repo, file, revision=revision)`.
+    pub fn download(
+        &self,
+        repo: &str,
+        file: &str,
+        revision: &str,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<PathBuf> {
+        let mut paths = self.download_all(repo, &[file], revision, progress)?;
+        paths.pop().ok_or_else(|| Error::usage("no file to download"))
+    }
+
+    /// Makes several files of one revision available; all are of the same commit, even if the branch moves meanwhile.
+    ///
+    /// The cache notes where the revision stands only when all files are there, so that offline use never finds half.
+    /// Errors as [`Hub::download`].
+    pub fn download_all(
+        &self,
+        repo: &str,
+        files: &[&str],
+        revision: &str,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<PathBuf>> {
+        // All names first: a wrong one should not cost a transfer.
+        let targets: Vec<Target> = files.iter().map(|file| Target::new(repo, file, revision)).collect::<Result<_>>()?;
+        let client = Client::new(&self.endpoint, self.token.clone(), self.timeout, self.proxy.clone());
+        let mut commit: Option<Commit> = None;
+        let mut paths = Vec::new();
+        for target in &targets {
+            let pinned = commit.as_ref().map_or_else(|| target.clone(), |commit| target.pinned(commit));
+            let (at, path) = self.fetch(&client, &pinned, progress).map_err(|error| error.at(target))?;
+            commit.get_or_insert(at);
+            paths.push(path);
+        }
+        if let (Some(target), Some(commit), false) = (targets.first(), &commit, self.offline) {
+            Repository::new(&self.cache, target).refer(target, commit)?;
+        }
+        Ok(paths)
+    }
+
+    fn fetch(&self, client: &Client, target: &Target, report: &mut dyn FnMut(Event<'_>)) -> Result<(Commit, PathBuf)> {
+        let repository = Repository::new(&self.cache, target);
+        let cached = repository.lookup(target);
+        if self.offline {
+            let what = "not in the cache, and HF_HUB_OFFLINE forbids asking the hub";
+            return cached.ok_or_else(|| Error::new(ErrorKind::Network, what).in_file(&self.cache));
+        }
+        // A commit never changes.
+        if let (Some(_), Some(cached)) = (target.commit(), &cached) {
+            return Ok(cached.clone());
+        }
+        let mut patience = Patience::new(self.backoff, self.timeout, cached.is_some());
+        let mut superseded: Option<Described> = None;
+        let mut rounds = 0_u32;
+        loop {
+            let described = match describe(client, target, &mut patience, report) {
+                Ok(described) => described,
+                Err(failure) => match (failure.class, cached) {
+                    (Class::Transient(_) | Class::Unreachable | Class::Denied, Some(cached)) if rounds == 0 => {
+                        report(Event::Cached { file: target.file(), reason: &failure.error });
+                        return Ok(cached);
+                    }
+                    _ => return Err(failure.error),
+                },
+            };
+            patience.reached();
+            if let Some(old) = superseded.take_if(|old| old.etag != described.etag) {
+                // The beginning of a file that the hub no longer has.
+                if let Ok(Some(_lock)) = repository.lock(&old.etag, || {}) {
+                    let _ = fs::remove_file(repository.partial(&old.etag, true));
+                }
+            }
+            let start = Instant::now();
+            match obtain(client, &repository, target, &described, &mut patience, report) {
+                Ok(path) => return Ok((described.commit, path)),
+                Err(failure) if failure.class == Class::Stale && rounds < ROUNDS => {
+                    rounds = rounds.saturating_add(1);
+                    let (wait, error) =
+                        patience.wait(failure, start.elapsed(), 0, 0).map_err(|failure| failure.error)?;
+                    report(Event::Retry { file: target.file(), wait, reason: &error });
+                    std::thread::sleep(wait);
+                    superseded = Some(described);
+                }
+                Err(failure) => return Err(failure.error),
+            }
+        }
+    }
+}
+
+/// [`Client::describe`], until it succeeds or patience ends.
+fn describe(
+    client: &Client,
+    target: &Target,
+    patience: &mut Patience,
+    report: &mut dyn FnMut(Event<'_>),
+) -> Result<Described, Failure> {
+    loop {
+        let start = Instant::now();
+        let failure = match client.describe(target) {
+            Ok(described) => return Ok(described),
+            Err(failure) => failure,
+        };
+        let (wait, error) = patience.wait(failure, start.elapsed(), 0, 0)?;
+        report(Event::Retry { file: target.file(), wait, reason: &error });
+        std::thread::sleep(wait);
+    }
+}
+
+/// Brings the described file into the cache, unless it is there, and makes it visible.
+fn obtain(
+    client: &Client,
+    repository: &Repository,
+    target: &Target,
+    described: &Described,
+    patience: &mut Patience,
+    report: &mut dyn FnMut(Event<'_>),
+) -> Result<PathBuf, Failure> {
+    let Described { commit, etag, size, .. } = described;
+    let entry = || repository.entry(commit, target, Some(*size));
+    if let Some(path) = entry() {
+        return Ok(path);
+    }
+    let lock = repository.lock(etag, || report(Event::Waiting { file: target.file() }))?;
+    // Another process may just have brought it.
+    if let Some(path) = entry() {
+        return Ok(path);
+    }
+    // Verified even if it is whole: whoever wrote it may not have looked.
+    if !repository.has_blob(etag, *size) {
+        let mut partial = Partial::open(repository.partial(etag, lock.is_some()), described)?;
+        match partial.fill(client, patience, target.file(), report) {
+            Ok(()) => partial.finish(&repository.blob(etag))?,
+            Err(failure) => {
+                partial.leave(lock.is_some());
+                return Err(failure);
+            }
+        }
+    }
+    Ok(repository.publish(commit, target, etag)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hub(vars: &[(&str, &str)]) -> Result<Hub> {
+        let vars: Vec<(String, String)> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Hub::from_vars(move |name| vars.iter().find(|(key, _)| key == name).map(|(_, value)| OsString::from(value)))
+    }
+
+    #[test]
+    fn variables_give_the_cache_in_the_order_of_huggingface_hub() {
+        for (vars, cache) in [
+            (&[("HOME", "/h")][..], "/h/.cache/huggingface/hub"),
+            (&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")], "/x/huggingface/hub"),
+            (&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/f")], "/f/hub"),
+            (&[("HOME", "/h"), ("HF_HOME", "~/f")], "/h/f/hub"),
+            (&[("HOME", "/h"), ("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/old")], "/old"),
+            (&[("HOME", "/h"), ("HF_HUB_CACHE", "/new"), ("HUGGINGFACE_HUB_CACHE", "/old")], "/new"),
+            (&[("HOME", "/h"), ("HF_HUB_CACHE", "")], "/h/.cache/huggingface/hub"),
+        ] {
+            assert_eq!(hub(vars).unwrap().cache(), Path::new(cache), "{vars:?}");
+        }
+    }
+
+    #[test]
+    fn variables_give_endpoint_token_and_offline() {
+        let set = |name, value| hub(&[("HOME", "/nowhere"), (name, value)]);
+        assert_eq!(set("HF_TOKEN", " hf_x\n").unwrap().token.as_deref(), Some("hf_x"));
+        assert_eq!(set("HF_TOKEN", "").unwrap().token, None);
+        assert_eq!(set("HF_TOKEN", "a\r\nb").map(|_| ()).unwrap_err().kind(), ErrorKind::Usage);
+        assert_eq!(set("HF_ENDPOINT", "https://hub.example/").unwrap().endpoint.origin().1, "hub.example");
+        for bad in ["hub.example", "file:///x", "https://u@hub.example"] {
+            assert_eq!(set("HF_ENDPOINT", bad).map(|_| ()).unwrap_err().kind(), ErrorKind::Usage, "{bad}");
+        }
+        for (value, offline) in [("1", true), ("ON", true), ("0", false), ("", false)] {
+            assert_eq!(set("HF_HUB_OFFLINE", value).unwrap().offline, offline, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn the_token_file_is_read() {
+        let folder = std::env::temp_dir().join(format!("crosscoder-hub-token-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("token"), "hf_file\n").unwrap();
+        fs::write(folder.join("other"), "hf_other").unwrap();
+        let (home, other) = (folder.display().to_string(), folder.join("other").display().to_string());
+        assert_eq!(hub(&[("HF_HOME", &home)]).unwrap().token.as_deref(), Some("hf_file"));
+        assert_eq!(hub(&[("HF_HOME", &home), ("HF_TOKEN", "hf_var")]).unwrap().token.as_deref(), Some("hf_var"));
+        assert_eq!(hub(&[("HF_HOME", &home), ("HF_TOKEN_PATH", &other)]).unwrap().token.as_deref(), Some("hf_other"));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -1,0 +1,371 @@
+//! Requests to the hub and to where it redirects; the token goes to the hub's own origin only.
+
+use std::time::Duration;
+
+use ureq::http::header::{self, HeaderMap};
+use ureq::http::{Method, Request, Response, Uri};
+
+use super::names::{Commit, Etag, Target, printable};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Redirects followed for one request.
+const MAX_HOPS: usize = 10;
+
+/// A failed request: what to report, and whether another attempt could end better.
+pub(super) struct Failure {
+    pub(super) error: Error,
+    pub(super) class: Class,
+}
+
+/// What can be done about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// The connection broke or the server is busy: try again, not before the given time if the server named one.
+    Transient(Option<Duration>),
+    /// No connection at all.
+    Unreachable,
+    /// The server wants another token, or none will do.
+    Denied,
+    /// The server cannot go on from where we are: take the file from its beginning.
+    Restart,
+    /// What the server said of the file no longer holds (expired link, other size, other bytes): ask it again.
+    Stale,
+    /// Nothing.
+    Final,
+}
+
+impl Failure {
+    pub(super) fn new(class: Class, what: impl Into<String>) -> Self {
+        Failure { error: Error::new(ErrorKind::Network, what), class }
+    }
+
+    pub(super) fn transient(what: impl Into<String>) -> Self {
+        Self::new(Class::Transient(None), what)
+    }
+}
+
+/// Errors of the file system, of names and of the caller: no attempt could end better.
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure { error, class: Class::Final }
+    }
+}
+
+/// An absolute `http` or `https` address.
+#[derive(Clone, Debug)]
+pub(super) struct Url(Uri);
+
+impl Url {
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let refuse = |why: &str| Error::new(ErrorKind::Network, format!("{why}: '{}'", printable(text)));
+        let uri: Uri = text.parse().map_err(|_| refuse("not an address"))?;
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err(refuse("not an http or https address"));
+        }
+        // `http://hub@elsewhere` looks like the hub and is not.
+        if uri.authority().is_none_or(|a| a.as_str().contains('@')) || uri.host().is_none_or(str::is_empty) {
+            return Err(refuse("not an address of a host"));
+        }
+        Ok(Url(uri))
+    }
+
+    /// Scheme, host and port: who it is that receives a request.
+    pub(super) fn origin(&self) -> (bool, String, u16) {
+        let https = self.0.scheme_str() == Some("https");
+        let port = self.0.port_u16().unwrap_or(if https { 443 } else { 80 });
+        (https, self.0.host().unwrap_or_default().to_ascii_lowercase(), port)
+    }
+
+    fn base(&self) -> String {
+        let authority = self.0.authority().map(|a| a.as_str()).unwrap_or_default();
+        format!("{}://{authority}", self.0.scheme_str().unwrap_or("https"))
+    }
+
+    /// Where a `Location` header leads from here. Never from https to http.
+    fn join(&self, location: &str) -> Result<Self> {
+        let path = self.0.path();
+        let next = if location.starts_with("//") {
+            Url::parse(&format!("{}:{location}", self.0.scheme_str().unwrap_or("https")))
+        } else if location.starts_with('/') {
+            Url::parse(&format!("{}{location}", self.base()))
+        } else if location.starts_with('?') {
+            Url::parse(&format!("{}{path}{location}", self.base()))
+        } else if location.split(['/', '?']).next().is_some_and(|first| first.contains(':')) {
+            Url::parse(location)
+        } else {
+            let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+            Url::parse(&format!("{}{folder}/{location}", self.base()))
+        };
+        let next = next.map_err(|error| error.at("redirect"))?;
+        if self.origin().0 && !next.origin().0 {
+            let what = format!("redirect from https to http, '{}', is not followed", printable(location));
+            return Err(Error::new(ErrorKind::Network, what));
+        }
+        Ok(next)
+    }
+}
+
+/// What the hub says of a file.
+pub(super) struct Described {
+    pub(super) commit: Commit,
+    pub(super) etag: Etag,
+    pub(super) size: u64,
+    /// Where the bytes are: at the hub, or at the first other origin it redirects to.
+    pub(super) url: Url,
+}
+
+/// An open answer with the bytes of a file.
+pub(super) struct Content {
+    /// The byte of the file that the answer begins with, if it is a part.
+    pub(super) first: Option<u64>,
+    /// `Content-Length`.
+    pub(super) length: Option<u64>,
+    pub(super) gzip: bool,
+    pub(super) body: ureq::Body,
+}
+
+/// One hub, reached in one way.
+pub(super) struct Client {
+    agent: ureq::Agent,
+    endpoint: String,
+    home: (bool, String, u16),
+    token: Option<String>,
+}
+
+impl Client {
+    pub(super) fn new(endpoint: &Url, token: Option<String>, timeout: Duration, proxy: Option<ureq::Proxy>) -> Self {
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            // Redirects are followed here, where the origin is checked at every hop.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .proxy(proxy)
+            .user_agent(concat!("crosscoder/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .timeout_connect(Some(timeout))
+            .timeout_send_request(Some(timeout))
+            .timeout_recv_response(Some(timeout))
+            .timeout_per_read(Some(timeout))
+            // A pooled connection that the server has closed meanwhile looks like a fault of the server.
+            .max_idle_connections(0)
+            .build();
+        let endpoint_text = endpoint.0.to_string();
+        Client {
+            agent: ureq::Agent::new_with_config(config),
+            endpoint: endpoint_text.trim_end_matches('/').to_owned(),
+            home: endpoint.origin(),
+            token,
+        }
+    }
+
+    fn send(&self, method: Method, url: &Url, at_home: bool, from: u64) -> Result<Response<ureq::Body>, Failure> {
+        let mut request = Request::builder().method(method).uri(url.0.clone());
+        if from > 0 {
+            request = request.header(header::RANGE, format!("bytes={from}-"));
+        }
+        if let (true, Some(token)) = (at_home, &self.token) {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let request = request.body(()).map_err(|e| Failure::new(Class::Final, e.to_string()))?;
+        self.agent.run(request).map_err(|error| {
+            use std::io::ErrorKind as Io;
+            use ureq::Timeout::{Connect, Resolve};
+            let class = match &error {
+                ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => Class::Unreachable,
+                ureq::Error::Timeout(Connect | Resolve) => Class::Unreachable,
+                ureq::Error::Timeout(_) | ureq::Error::Protocol(_) => Class::Transient(None),
+                ureq::Error::Io(e) => match e.kind() {
+                    // The connection was there.
+                    Io::ConnectionReset | Io::ConnectionAborted | Io::BrokenPipe => Class::Transient(None),
+                    Io::UnexpectedEof | Io::TimedOut | Io::WouldBlock | Io::Interrupted => Class::Transient(None),
+                    // A certificate that does not hold, for one.
+                    Io::InvalidData => Class::Final,
+                    // Refused, no route, no such name (which has no kind of its own).
+                    _ => Class::Unreachable,
+                },
+                _ => Class::Final,
+            };
+            let error = Error::new(ErrorKind::Network, format!("no answer from {}", url.base())).with_source(error);
+            Failure { error, class }
+        })
+    }
+
+    /// Asks the hub for commit, ETag, size and place of a file, without its bytes.
+    ///
+    /// Redirects within the hub are followed. The commit is that of the first answer that has one: where the file
+    /// really lies (a store of blobs), nothing is known of commits. `X-Linked-Etag` and `X-Linked-Size` are those of
+    /// the file; `ETag` and `Content-Length` only where the answer is the file.
+    pub(super) fn describe(&self, target: &Target) -> Result<Described, Failure> {
+        let mut url = Url::parse(&format!("{}{}", self.endpoint, target.address()))?;
+        let (mut commit, mut linked_etag, mut etag, mut size) = (None, None, None, None);
+        for _ in 0..=MAX_HOPS {
+            let response = self.send(Method::HEAD, &url, true, 0)?;
+            let headers = response.headers();
+            let redirect = redirect(&response, &url)?;
+            if redirect.is_none() && !response.status().is_success() {
+                return Err(self.refusal(&response, true));
+            }
+            commit = commit.or_else(|| text(headers, "x-repo-commit"));
+            linked_etag = linked_etag.or_else(|| text(headers, "x-linked-etag"));
+            etag = etag.or_else(|| text(headers, "etag"));
+            size = size.or_else(|| number(headers, "x-linked-size"));
+            match redirect {
+                Some(next) if next.origin() == self.home => {
+                    url = next;
+                    continue;
+                }
+                Some(next) => url = next,
+                None if !is_gzip(headers) => size = size.or_else(|| number(headers, "content-length")),
+                None => {}
+            }
+            let lacks = |name: &str| Failure::new(Class::Final, format!("the hub's answer has no {name}"));
+            let commit = commit.ok_or_else(|| lacks("commit (X-Repo-Commit)"))?;
+            let commit = Commit::parse(&commit).ok_or_else(|| {
+                Failure::new(Class::Final, format!("the hub's commit '{}' is not 40 hex digits", printable(&commit)))
+            })?;
+            let etag = Etag::parse(&linked_etag.or(etag).ok_or_else(|| lacks("ETag"))?)?;
+            let size = size.ok_or_else(|| lacks("size (X-Linked-Size or Content-Length)"))?;
+            return Ok(Described { commit, etag, size, url });
+        }
+        Err(too_many_hops())
+    }
+
+    /// Opens the file at `url` from byte `from` on.
+    pub(super) fn open(&self, url: &Url, from: u64) -> Result<Content, Failure> {
+        let mut url = url.clone();
+        let mut at_home = true;
+        for _ in 0..=MAX_HOPS {
+            // Once away, the token stays at home, even if a later hop leads back.
+            at_home = at_home && url.origin() == self.home;
+            let response = self.send(Method::GET, &url, at_home, from)?;
+            if let Some(next) = redirect(&response, &url)? {
+                url = next;
+                continue;
+            }
+            let headers = response.headers();
+            let first = match response.status().as_u16() {
+                200 => None,
+                206 => match text(headers, "content-range").as_deref().and_then(first_of_range) {
+                    Some(first) => Some(first),
+                    None => return Err(Failure::new(Class::Restart, "an answer 206 without a readable Content-Range")),
+                },
+                _ => return Err(self.refusal(&response, at_home)),
+            };
+            let (length, gzip) = (number(headers, "content-length"), is_gzip(headers));
+            return Ok(Content { first, length, gzip, body: response.into_body() });
+        }
+        Err(too_many_hops())
+    }
+
+    /// The error for an answer that is neither a success nor a redirect.
+    fn refusal(&self, response: &Response<ureq::Body>, at_home: bool) -> Failure {
+        let headers = response.headers();
+        let status = response.status().as_u16();
+        let who = if at_home { "the hub" } else { "the file's host" };
+        let said = text(headers, "x-error-message").map(|m| format!(" ({})", printable(&m))).unwrap_or_default();
+        let token = match self.token {
+            Some(_) => "the token (HF_TOKEN) does not allow it",
+            None => "if it is private, set HF_TOKEN",
+        };
+        let (class, what) = match (status, text(headers, "x-error-code").as_deref()) {
+            (429 | 408 | 500..=599, _) => {
+                let after = number(headers, "retry-after").map(Duration::from_secs);
+                (Class::Transient(after), format!("{who} answers {status}{said}"))
+            }
+            (416, _) => (Class::Restart, format!("{who} answers 416 to a request for the rest of the file{said}")),
+            (401..=404 | 410, _) if !at_home => {
+                (Class::Stale, format!("{who} answers {status}{said}; its link may have expired"))
+            }
+            (401 | 403, Some("GatedRepo")) => {
+                let remedy = match self.token {
+                    Some(_) => "ask for it on the repository's page; the account of HF_TOKEN has none",
+                    None => "ask for it on the repository's page, then set HF_TOKEN",
+                };
+                (Class::Denied, format!("access is gated{said}: {remedy}"))
+            }
+            (404, Some("EntryNotFound")) => (Class::Final, "no such file in the repository".to_owned()),
+            (404, Some("RevisionNotFound")) => (Class::Final, "no such revision in the repository".to_owned()),
+            (401, _) => (Class::Denied, format!("repository not found (401){said}; {token}")),
+            (404, Some("RepoNotFound")) => (Class::Denied, format!("repository not found{said}; {token}")),
+            (403, _) => (Class::Denied, format!("{who} answers 403, forbidden{said}; {token}")),
+            (404, _) => (Class::Final, format!("{who} answers 404, not found{said}")),
+            _ => (Class::Final, format!("{who} answers {status}{said}")),
+        };
+        Failure::new(class, what)
+    }
+}
+
+fn too_many_hops() -> Failure {
+    Failure::new(Class::Final, format!("more than {MAX_HOPS} redirects"))
+}
+
+/// Where the answer redirects to, if it does.
+fn redirect(response: &Response<ureq::Body>, from: &Url) -> Result<Option<Url>, Failure> {
+    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    match text(response.headers(), "location") {
+        Some(location) => Ok(Some(from.join(&location)?)),
+        None => Err(Failure::new(Class::Final, "a redirect to nowhere (no Location)")),
+    }
+}
+
+fn text(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(str::to_owned)
+}
+
+fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+fn is_gzip(headers: &HeaderMap) -> bool {
+    text(headers, "content-encoding").is_some_and(|encoding| encoding.trim().eq_ignore_ascii_case("gzip"))
+}
+
+/// FIRST of `bytes FIRST-LAST/TOTAL`.
+fn first_of_range(header: &str) -> Option<u64> {
+    header.trim().strip_prefix("bytes ")?.split_once('-')?.0.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirects_lead_where_the_header_says() {
+        let from = Url::parse("https://hub.example:8443/a/b/c?x=1").unwrap();
+        for (location, there) in [
+            ("/d?y=2", "https://hub.example:8443/d?y=2"),
+            ("d", "https://hub.example:8443/a/b/d"),
+            ("?y=2", "https://hub.example:8443/a/b/c?y=2"),
+            ("//cdn.example/d", "https://cdn.example/d"),
+            ("https://cdn.example/d?u=http://x", "https://cdn.example/d?u=http://x"),
+        ] {
+            assert_eq!(from.join(location).unwrap().0.to_string(), there, "{location}");
+        }
+        for bad in
+            ["http://cdn.example/", "file:///etc/passwd", "data:x", "https://hub.example@evil/", "https://", "//"]
+        {
+            let joined = from.join(bad);
+            assert!(joined.is_err(), "{bad}: {joined:?}");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_scheme_host_and_port() {
+        let origin = |text: &str| Url::parse(text).unwrap().origin();
+        assert_eq!(origin("https://Hub.example/a"), origin("https://hub.example:443/b"));
+        assert_ne!(origin("https://hub.example"), origin("http://hub.example"));
+        assert_ne!(origin("https://hub.example"), origin("https://hub.example:444"));
+        assert_ne!(origin("https://hub.example"), origin("https://hub.example.evil"));
+    }
+
+    #[test]
+    fn content_ranges() {
+        assert_eq!(first_of_range("bytes 5-9/10"), Some(5));
+        assert_eq!(first_of_range("bytes 5-9/*"), Some(5));
+        for bad in ["", "bytes", "bytes */10", "bytes 5/10", "bytes x-9/10", "bytes 99999999999999999999-/1"] {
+            assert_eq!(first_of_range(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,972 @@
+//! Downloads against a hub on loopback that fails to order: each rule of the cache, of retries and of trust.
+
+#![cfg(feature = "hub")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crosscoder::ErrorKind;
+use crosscoder::hub::{Event, Hub};
+use ring::digest;
+
+const REPO: &str = "org/name";
+const FOLDER: &str = "models--org--name";
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const SMALL: &str = "config.json";
+const LARGE: &str = "sub/w.pt";
+const LARGE_SIZE: usize = 300_123;
+
+// ---- the stand-in hub ----
+
+#[derive(Clone, Debug)]
+struct Request {
+    method: String,
+    path: String,
+    headers: BTreeMap<String, String>,
+    /// Arrived at the second origin, where the bytes of large files lie.
+    cdn: bool,
+    /// How many came before it with the same method to the same origin.
+    nth: usize,
+}
+
+impl Request {
+    /// The request for the bytes of a large file.
+    fn is_bytes(&self) -> bool {
+        self.cdn && self.method == "GET"
+    }
+
+    fn is_head(&self) -> bool {
+        self.method == "HEAD"
+    }
+}
+
+#[derive(Clone, Default)]
+struct Answer {
+    status: u16,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+    /// Close the connection after so many bytes of the body.
+    cut: Option<usize>,
+    /// Say nothing for so long after that.
+    silence: Duration,
+    /// Send the body in pieces of ten bytes, with so long between them.
+    drip: Option<Duration>,
+}
+
+impl Answer {
+    fn new(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Self {
+        let headers = headers.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Answer { status, headers, body: body.to_vec(), ..Answer::default() }
+    }
+
+    fn error(status: u16, code: &str) -> Self {
+        Answer::new(status, &[("X-Error-Code", code)], b"no")
+    }
+
+    /// The header replaced, or removed by `None`.
+    fn with(mut self, name: &str, value: Option<&str>) -> Self {
+        self.headers.retain(|(k, _)| !k.eq_ignore_ascii_case(name));
+        self.headers.extend(value.map(|value| (name.to_owned(), value.to_owned())));
+        self
+    }
+
+    fn cut(mut self, at: usize) -> Self {
+        self.cut = Some(at);
+        self
+    }
+
+    fn corrupt(mut self) -> Self {
+        let middle = self.body.len() / 2;
+        self.body[middle] ^= 0x40;
+        self
+    }
+}
+
+type Behaviour = dyn Fn(&Request, Answer) -> Answer + Send + Sync;
+
+struct Fake {
+    endpoint: String,
+    cdn: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    files: Mutex<BTreeMap<String, Vec<u8>>>,
+    log: Mutex<Vec<Request>>,
+    sent: AtomicUsize,
+    behaviour: Mutex<Arc<Behaviour>>,
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex(digest::digest(&digest::SHA256, bytes).as_ref())
+}
+
+fn git_blob(bytes: &[u8]) -> String {
+    let whole = [format!("blob {}\0", bytes.len()).as_bytes(), bytes].concat();
+    hex(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, &whole).as_ref())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Bytes that look random and are the same in every run.
+fn large() -> Vec<u8> {
+    let mut state = 7_u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    (0..LARGE_SIZE).map(|_| next()).collect()
+}
+
+fn small() -> Vec<u8> {
+    b"{\"d_in\": 8}\n".to_vec()
+}
+
+impl Fake {
+    /// A hub that does as it should.
+    fn start() -> Self {
+        let files = [(SMALL, small()), (LARGE, large()), ("empty.txt", Vec::new())];
+        let shared = Arc::new(Shared {
+            files: Mutex::new(files.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()),
+            log: Mutex::default(),
+            sent: AtomicUsize::new(0),
+            behaviour: Mutex::new(Arc::new(|_: &Request, usual| usual)),
+        });
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [endpoint, cdn] = [&listeners[0], &listeners[1]].map(|l| format!("http://{}", l.local_addr().unwrap()));
+        for (listener, is_cdn) in listeners.into_iter().zip([false, true]) {
+            let (shared, cdn) = (shared.clone(), cdn.clone());
+            std::thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let (shared, cdn) = (shared.clone(), cdn.clone());
+                    std::thread::spawn(move || shared.serve(stream.unwrap(), is_cdn, &cdn));
+                }
+            });
+        }
+        Fake { endpoint, cdn, shared }
+    }
+
+    /// A hub whose answers pass through `behaviour`.
+    fn with(behaviour: impl Fn(&Request, Answer) -> Answer + Send + Sync + 'static) -> Self {
+        let fake = Fake::start();
+        fake.behave(behaviour);
+        fake
+    }
+
+    fn behave(&self, behaviour: impl Fn(&Request, Answer) -> Answer + Send + Sync + 'static) {
+        *self.shared.behaviour.lock().unwrap() = Arc::new(behaviour);
+    }
+
+    fn put(&self, file: &str, bytes: &[u8]) {
+        self.shared.files.lock().unwrap().insert(file.to_owned(), bytes.to_vec());
+    }
+
+    fn log(&self) -> Vec<Request> {
+        self.shared.log.lock().unwrap().clone()
+    }
+
+    fn forget(&self) {
+        self.shared.log.lock().unwrap().clear();
+        self.shared.sent.store(0, Ordering::SeqCst);
+    }
+
+    /// Bytes of bodies handed to the network.
+    fn sent(&self) -> usize {
+        self.shared.sent.load(Ordering::SeqCst)
+    }
+
+    fn count(&self, which: impl Fn(&Request) -> bool) -> usize {
+        self.log().iter().filter(|request| which(request)).count()
+    }
+
+    fn hub(&self, cache: &Path) -> Hub {
+        let hub = Hub::new(cache).unwrap().endpoint(&self.endpoint).unwrap();
+        hub.backoff(Duration::from_millis(1)).timeout(Duration::from_secs(5))
+    }
+}
+
+impl Shared {
+    fn serve(&self, mut stream: TcpStream, cdn: bool, cdn_address: &str) {
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+        let Some(first) = lines.next() else { return };
+        let mut words = first.split(' ').map(str::to_owned);
+        let (method, path) = (words.next().unwrap(), words.next().unwrap());
+        let headers = lines
+            .take_while(|line| !line.is_empty())
+            .map(|line| line.split_once(": ").map(|(k, v)| (k.to_lowercase(), v.to_owned())).unwrap())
+            .collect();
+        let request = {
+            let mut log = self.log.lock().unwrap();
+            let nth = log.iter().filter(|old| old.cdn == cdn && old.method == method).count();
+            log.push(Request { method, path, headers, cdn, nth });
+            log.last().unwrap().clone()
+        };
+        let usual = self.usual(&request, cdn_address);
+        let behaviour = self.behaviour.lock().unwrap().clone();
+        let answer = behaviour(&request, usual);
+        let mut head = format!("HTTP/1.1 {} x\r\nConnection: close\r\n", answer.status);
+        for (name, value) in &answer.headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        if !answer.headers.iter().any(|(k, _)| k.eq_ignore_ascii_case("content-length")) {
+            head += &format!("Content-Length: {}\r\n", answer.body.len());
+        }
+        let body = if request.is_head() { &[][..] } else { &answer.body[..answer.cut.unwrap_or(answer.body.len())] };
+        self.sent.fetch_add(body.len(), Ordering::SeqCst);
+        // The client may have hung up: its right.
+        let _ = stream.write_all(format!("{head}\r\n").as_bytes()).and_then(|()| match answer.drip {
+            None => stream.write_all(body),
+            Some(pause) => body.chunks(10).try_for_each(|piece| {
+                std::thread::sleep(pause);
+                stream.write_all(piece)
+            }),
+        });
+        std::thread::sleep(answer.silence);
+    }
+
+    fn usual(&self, request: &Request, cdn_address: &str) -> Answer {
+        let files = self.files.lock().unwrap();
+        if let Some(file) = request.path.strip_prefix("/cdn/") {
+            let Some(bytes) = files.get(file) else { return Answer::error(403, "") };
+            let range = request.headers.get("range").map(|r| r.strip_prefix("bytes=").unwrap().trim_end_matches('-'));
+            return match range.map(|from| from.parse::<usize>().unwrap()) {
+                None => Answer::new(200, &[("ETag", "\"of the store\"")], bytes),
+                Some(from) if from < bytes.len() => {
+                    let range = format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len());
+                    Answer::new(206, &[("Content-Range", &range)], &bytes[from..])
+                }
+                Some(_) => Answer::error(416, ""),
+            };
+        }
+        let Some(rest) = request.path.strip_prefix("/org/name/resolve/") else {
+            return Answer::error(401, "RepoNotFound");
+        };
+        let (revision, file) = rest.split_once('/').unwrap();
+        if !["main", "v1", "refs%2Fpr%2F1", COMMIT].contains(&revision) {
+            return Answer::error(404, "RevisionNotFound");
+        }
+        let commit = ("X-Repo-Commit", COMMIT);
+        let Some(bytes) = files.get(file) else {
+            return Answer::error(404, "EntryNotFound").with("X-Repo-Commit", Some(COMMIT));
+        };
+        if !file.ends_with(".pt") {
+            let (etag, size) = (format!("\"{}\"", git_blob(bytes)), bytes.len().to_string());
+            return Answer::new(200, &[commit, ("ETag", &etag), ("Content-Length", &size)], bytes);
+        }
+        let (etag, size) = (format!("\"{}\"", sha256(bytes)), bytes.len().to_string());
+        let there = format!("{cdn_address}/cdn/{file}");
+        let own = ("ETag", "\"of the redirect\"");
+        let headers = [commit, own, ("X-Linked-Etag", &etag), ("X-Linked-Size", &size), ("Location", &there)];
+        Answer::new(302, &headers, b"Found")
+    }
+}
+
+/// A folder of its own for each test, removed in the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let n = COUNT.fetch_add(1, Ordering::SeqCst);
+        let path = std::env::temp_dir().join(format!("crosscoder-hub-{}-{n}", std::process::id()));
+        fs::create_dir_all(path.join("cache")).unwrap();
+        Folder(path)
+    }
+
+    fn cache(&self) -> PathBuf {
+        self.0.join("cache")
+    }
+
+    fn repo(&self) -> PathBuf {
+        self.cache().join(FOLDER)
+    }
+
+    /// Every file and link below, relative to the folder, sorted.
+    fn tree(&self) -> Vec<String> {
+        let (mut found, mut open) = (Vec::new(), vec![self.0.clone()]);
+        while let Some(folder) = open.pop() {
+            for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_dir() {
+                    open.push(entry.path());
+                } else {
+                    found.push(entry.path().strip_prefix(&self.0).unwrap().display().to_string());
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Sizes of the beginnings of files that wait for their rest.
+    fn partials(&self) -> Vec<usize> {
+        let blobs = fs::read_dir(self.repo().join("blobs")).into_iter().flatten().map(Result::unwrap);
+        blobs
+            .filter(|e| e.file_name().to_string_lossy().ends_with(".incomplete"))
+            .map(|e| e.metadata().unwrap().len() as usize)
+            .collect()
+    }
+
+    /// Nothing is visible and nothing lies outside the cache.
+    fn assert_nothing(&self) {
+        for path in self.tree() {
+            let is_ours = path.starts_with(&format!("cache/.locks/{FOLDER}/")) || path.contains("/blobs/");
+            assert!(is_ours && !path.contains("snapshots"), "{path}");
+        }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn quiet(_: Event<'_>) {}
+
+/// Downloads the large file of `main`; the bytes must be right.
+fn assert_large(fake: &Fake, folder: &Folder) {
+    let path = fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut quiet).unwrap();
+    assert!(fs::read(path).unwrap() == fake.shared.files.lock().unwrap()[LARGE], "the bytes differ");
+    assert_eq!(folder.partials(), [0; 0], "a partial file is left");
+}
+
+/// Downloading that file of `main` fails; the message has each of the words.
+fn assert_fails(fake: &Fake, folder: &Folder, file: &str, words: &[&str]) -> crosscoder::Error {
+    let error = fake.hub(&folder.cache()).download(REPO, file, "main", &mut quiet).unwrap_err();
+    let message = error.to_string();
+    assert!(words.iter().all(|word| message.contains(word)), "{message} lacks one of {words:?}");
+    assert!(message.starts_with("hf://org/name@main/"), "{message}");
+    folder.assert_nothing();
+    error
+}
+
+// ---- the cache ----
+
+#[test]
+fn a_download_leaves_the_standard_layout() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let hub = fake.hub(&folder.cache());
+    let snapshot = folder.repo().join("snapshots").join(COMMIT);
+    for (file, bytes) in [(SMALL, small()), (LARGE, large()), ("empty.txt", Vec::new())] {
+        let path = hub.download(REPO, file, "main", &mut quiet).unwrap();
+        assert_eq!(path, snapshot.join(file));
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+    let (a, b, c) = (git_blob(&small()), sha256(&large()), git_blob(b""));
+    let mut wanted: Vec<String> = [&a, &b, &c]
+        .iter()
+        .flat_map(|etag| [format!("cache/.locks/{FOLDER}/{etag}.lock"), format!("cache/{FOLDER}/blobs/{etag}")])
+        .chain([SMALL, LARGE, "empty.txt"].map(|file| format!("cache/{FOLDER}/snapshots/{COMMIT}/{file}")))
+        .chain([format!("cache/{FOLDER}/refs/main")])
+        .collect();
+    wanted.sort();
+    assert_eq!(folder.tree(), wanted);
+    assert_eq!(fs::read(folder.repo().join("refs/main")).unwrap(), COMMIT.as_bytes(), "40 digits, no newline");
+    #[cfg(unix)]
+    {
+        assert_eq!(fs::read_link(snapshot.join(SMALL)).unwrap(), Path::new(&format!("../../blobs/{a}")));
+        assert_eq!(fs::read_link(snapshot.join(LARGE)).unwrap(), Path::new(&format!("../../../blobs/{b}")));
+    }
+}
+
+#[test]
+fn what_is_cached_is_not_transferred_again() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    assert_large(&fake, &folder);
+    fake.forget();
+    assert_large(&fake, &folder);
+    assert_eq!((fake.log().len(), fake.count(Request::is_head)), (1, 1), "one question, no bytes");
+    fake.forget();
+    fake.hub(&folder.cache()).download(REPO, LARGE, COMMIT, &mut quiet).unwrap();
+    assert_eq!(fake.log().len(), 0, "a commit never changes");
+}
+
+#[test]
+fn revisions_have_their_references() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    for revision in ["v1", "refs/pr/1", COMMIT] {
+        fake.hub(&folder.cache()).download(REPO, SMALL, revision, &mut quiet).unwrap();
+    }
+    let references: Vec<String> = folder.tree().into_iter().filter(|path| path.contains("/refs/")).collect();
+    assert_eq!(references, [format!("cache/{FOLDER}/refs/refs/pr/1"), format!("cache/{FOLDER}/refs/v1")]);
+    for revision in ["v1", "refs/pr/1", COMMIT] {
+        fake.hub(&folder.cache()).offline(true).download(REPO, SMALL, revision, &mut quiet).unwrap();
+    }
+}
+
+#[test]
+fn offline_means_no_request() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    assert_large(&fake, &folder);
+    fake.forget();
+    let hub = fake.hub(&folder.cache()).offline(true);
+    assert_eq!(fs::read(hub.download(REPO, LARGE, "main", &mut quiet).unwrap()).unwrap(), large());
+    for (file, revision) in [(SMALL, "main"), (LARGE, "v1")] {
+        let error = hub.download(REPO, file, revision, &mut quiet).unwrap_err();
+        assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+    }
+    assert_eq!(fake.log().len(), 0);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_cache_of_huggingface_hub_is_read() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let snapshot = folder.repo().join("snapshots").join(COMMIT).join("sub");
+    for path in [&snapshot, &folder.repo().join("blobs"), &folder.repo().join("refs")] {
+        fs::create_dir_all(path).unwrap();
+    }
+    fs::write(folder.repo().join("refs/main"), COMMIT).unwrap();
+    fs::write(folder.repo().join("blobs").join(sha256(&large())), large()).unwrap();
+    let aim = format!("../../../blobs/{}", sha256(&large()));
+    std::os::unix::fs::symlink(aim, snapshot.join("w.pt")).unwrap();
+    let path = fake.hub(&folder.cache()).offline(true).download(REPO, LARGE, "main", &mut quiet).unwrap();
+    assert_eq!(fs::read(path).unwrap(), large());
+    assert_large(&fake, &folder);
+    assert_eq!(fake.count(Request::is_bytes), 0);
+}
+
+#[test]
+fn without_the_hub_the_cached_file_serves_and_says_so() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    assert_large(&fake, &folder);
+    let dead = Hub::new(folder.cache()).unwrap().endpoint("http://127.0.0.1:9").unwrap();
+    let mut said = Vec::new();
+    let path = dead.download(REPO, LARGE, "main", &mut |event| said.push(format!("{event:?}"))).unwrap();
+    assert_eq!(fs::read(path).unwrap(), large());
+    assert!(said.len() == 1 && said[0].starts_with("Cached"), "{said:?}");
+    // A busy hub and a lost token as well; a file that is gone is gone.
+    for (status, code, serves) in [(503, "", true), (401, "GatedRepo", true), (404, "EntryNotFound", false)] {
+        fake.behave(move |_, _| Answer::error(status, code));
+        let result = fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut quiet);
+        assert_eq!(result.is_ok(), serves, "{status} {code}");
+    }
+}
+
+#[test]
+fn blobs_and_entries_that_are_wrong_are_replaced() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let blob = folder.repo().join("blobs").join(sha256(&large()));
+    fs::create_dir_all(blob.parent().unwrap()).unwrap();
+    for bad in [&large()[..1000], &vec![0; LARGE_SIZE]] {
+        // A blob that no entry shows yet is hashed before one does.
+        let _ = fs::remove_dir_all(folder.repo().join("snapshots"));
+        fs::write(&blob, bad).unwrap();
+        assert_large(&fake, &folder);
+    }
+    // An entry whose blob was cut, or is gone, is no entry.
+    fs::write(&blob, b"cut").unwrap();
+    assert_large(&fake, &folder);
+    fs::remove_file(&blob).unwrap();
+    assert_large(&fake, &folder);
+    // A whole blob without an entry needs no transfer.
+    fs::remove_dir_all(folder.repo().join("snapshots")).unwrap();
+    fake.forget();
+    assert_large(&fake, &folder);
+    assert_eq!(fake.count(Request::is_bytes), 0);
+}
+
+#[test]
+fn several_files_are_of_one_commit_and_noted_together() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let hub = fake.hub(&folder.cache());
+    let paths = hub.download_all(REPO, &[SMALL, LARGE], "main", &mut quiet).unwrap();
+    assert_eq!(fs::read(&paths[1]).unwrap(), large());
+    let asked: Vec<String> = fake.log().into_iter().filter(Request::is_head).map(|r| r.path).collect();
+    assert_eq!(asked[1], format!("/org/name/resolve/{COMMIT}/{LARGE}"), "the second by the commit of the first");
+
+    let folder = Folder::new();
+    let hub = fake.hub(&folder.cache());
+    hub.download_all(REPO, &[SMALL, "nope.pt"], "main", &mut quiet).unwrap_err();
+    assert!(!folder.repo().join("refs/main").exists(), "offline use must not find half");
+}
+
+#[test]
+fn eight_at_once_make_one_transfer() {
+    let fake = Fake::with(|request, mut usual| {
+        if request.is_bytes() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        usual.silence = Duration::from_millis(20);
+        usual
+    });
+    let (folder, waited) = (Folder::new(), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let mut progress = |event: Event<'_>| {
+                    if matches!(event, Event::Waiting { .. }) {
+                        waited.fetch_add(1, Ordering::SeqCst);
+                    }
+                };
+                let path = fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut progress).unwrap();
+                assert!(fs::read(path).unwrap() == large());
+            });
+        }
+    });
+    assert_eq!(fake.count(Request::is_bytes), 1);
+    assert!(waited.load(Ordering::SeqCst) >= 1);
+    assert_eq!(folder.partials(), [0; 0]);
+}
+
+// ---- what breaks off goes on ----
+
+#[test]
+fn broken_connections_are_resumed() {
+    let fake = Fake::with(|request, usual| match request.nth {
+        0..5 if request.is_bytes() => usual.cut(1000),
+        _ => usual,
+    });
+    let folder = Folder::new();
+    assert_large(&fake, &folder);
+    assert_eq!(fake.sent(), LARGE_SIZE, "no byte twice");
+    let ranges: Vec<Option<String>> =
+        fake.log().iter().filter(|r| r.is_bytes()).map(|r| r.headers.get("range").cloned()).collect();
+    assert_eq!(ranges[..3], [None, Some("bytes=1000-".into()), Some("bytes=2000-".into())]);
+    assert_eq!(ranges.len(), 6);
+}
+
+#[test]
+fn a_connection_that_always_breaks_is_good_enough_if_it_brings_the_file_forward() {
+    let fake = Fake::with(
+        |request, usual| if request.is_bytes() && usual.body.len() > 20_000 { usual.cut(20_000) } else { usual },
+    );
+    assert_large(&fake, &Folder::new());
+    assert_eq!(fake.count(Request::is_bytes), LARGE_SIZE.div_ceil(20_000));
+}
+
+#[test]
+fn a_connection_that_brings_next_to_nothing_is_left() {
+    let fake = Fake::with(|request, usual| if request.is_bytes() { usual.cut(1000) } else { usual });
+    let folder = Folder::new();
+    assert_fails(&fake, &folder, LARGE, &["attempts: 6", "byte 6000 of 300123"]);
+    assert_eq!(folder.partials(), [6000]);
+}
+
+#[test]
+fn the_next_run_goes_on_where_the_last_one_ended() {
+    let fake = Fake::with(|request, usual| match request.nth {
+        0 if request.is_bytes() => usual.cut(200_000),
+        _ if request.is_bytes() => usual.cut(0),
+        _ => usual,
+    });
+    let folder = Folder::new();
+    assert_fails(&fake, &folder, LARGE, &["attempts: 6", "byte 200000 of 300123"]);
+    assert_eq!(folder.partials(), [200_000]);
+    fake.behave(|_, usual| usual);
+    let mut first = None;
+    let mut progress = |event: Event<'_>| {
+        if let Event::Bytes { done, total, .. } = event {
+            first.get_or_insert((done, total));
+        }
+    };
+    fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut progress).unwrap();
+    assert_eq!(first, Some((200_000, LARGE_SIZE as u64)));
+    assert_eq!(fake.sent(), LARGE_SIZE, "no byte twice");
+    assert_large(&fake, &folder);
+}
+
+#[test]
+fn another_version_begins_anew() {
+    let fake = Fake::with(|request, usual| match request.nth {
+        0 if request.is_bytes() => usual.cut(200_000),
+        _ if request.is_bytes() => usual.cut(0),
+        _ => usual,
+    });
+    let folder = Folder::new();
+    assert_fails(&fake, &folder, LARGE, &[]);
+    let mut changed = large();
+    changed.reverse();
+    fake.put(LARGE, &changed);
+    fake.behave(|_, usual| usual);
+    fake.forget();
+    let path = fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut quiet).unwrap();
+    assert!(fs::read(path).unwrap() == changed);
+    assert_eq!(fake.sent(), LARGE_SIZE, "nothing of the old version was kept");
+}
+
+#[test]
+fn a_file_that_changes_during_the_transfer_is_asked_for_again() {
+    let fake = Fake::start();
+    let shared = fake.shared.clone();
+    // The first answer breaks off, then the store has another file of another length at that address.
+    fake.behave(move |request, usual| {
+        if request.is_bytes() && request.nth == 0 {
+            shared.files.lock().unwrap().insert(LARGE.to_owned(), vec![5; 1000]);
+            return usual.cut(500);
+        }
+        usual
+    });
+    let folder = Folder::new();
+    assert_large(&fake, &folder);
+}
+
+#[test]
+fn garbage_of_others_costs_one_transfer() {
+    for length in [7_000, LARGE_SIZE, LARGE_SIZE + 1] {
+        let (fake, folder) = (Fake::start(), Folder::new());
+        let blobs = folder.repo().join("blobs");
+        fs::create_dir_all(&blobs).unwrap();
+        fs::write(blobs.join(format!("{}.00000000.incomplete", sha256(&large()))), vec![9; length]).unwrap();
+        assert_large(&fake, &folder);
+        assert!(fake.sent() <= 2 * LARGE_SIZE, "{}", fake.sent());
+        // What is too long is seen to be garbage at once, the rest by its hash.
+        assert_eq!(fake.count(Request::is_head), if length > LARGE_SIZE { 1 } else { 2 });
+    }
+}
+
+#[test]
+fn servers_that_cannot_continue_a_file_send_it_whole() {
+    type Fault = fn(Answer) -> Answer;
+    let faults: [(&str, Fault, usize); 5] = [
+        ("ignores the range", |_| Answer::new(200, &[], &large()), 1),
+        ("416", |_| Answer::error(416, ""), 1),
+        (
+            "another range",
+            |usual| {
+                let body = large()[..usual.body.len()].to_vec();
+                Answer { body, ..usual }.with("Content-Range", Some("bytes 0-200122/300123"))
+            },
+            1,
+        ),
+        ("no range", |usual| usual.with("Content-Range", None), 1),
+        // Only the hash shows it; then the hub is asked again.
+        ("lies", |usual| Answer { body: large()[..usual.body.len()].to_vec(), ..usual }, 2),
+    ];
+    for (name, fault, questions) in faults {
+        let fake = Fake::with(move |request, usual| match request.nth {
+            0 if request.is_bytes() => usual.cut(100_000),
+            _ if request.is_bytes() && request.headers.contains_key("range") => fault(usual),
+            _ => usual,
+        });
+        assert_large(&fake, &Folder::new());
+        assert!(fake.count(Request::is_bytes) <= 3, "{name}");
+        assert_eq!(fake.count(Request::is_head), questions, "{name}");
+    }
+    // A server that never can, and always breaks off, is left in the end.
+    let fake = Fake::with(
+        |request, usual| {
+            if request.is_bytes() { Answer::new(200, &[], &large()).cut(100_000) } else { usual }
+        },
+    );
+    assert_fails(&fake, &Folder::new(), LARGE, &["attempts: 6"]);
+}
+
+#[test]
+fn silence_is_a_broken_connection() {
+    let fake = Fake::with(|request, mut usual| {
+        if request.is_bytes() && request.nth == 0 {
+            usual = usual.cut(150_000);
+            usual.silence = Duration::from_secs(20);
+        }
+        usual
+    });
+    let (folder, start) = (Folder::new(), Instant::now());
+    let hub = fake.hub(&folder.cache()).timeout(Duration::from_millis(300));
+    assert!(fs::read(hub.download(REPO, LARGE, "main", &mut quiet).unwrap()).unwrap() == large());
+    assert_eq!(fake.sent(), LARGE_SIZE);
+    assert!(start.elapsed() < Duration::from_secs(5));
+
+    // So is a trickle, 500 bytes a second.
+    fake.behave(|request, mut usual| {
+        usual.drip = (request.is_bytes() && request.nth == 0).then_some(Duration::from_millis(20));
+        usual
+    });
+    fake.forget();
+    let (folder, start) = (Folder::new(), Instant::now());
+    let hub = fake.hub(&folder.cache()).timeout(Duration::from_millis(300));
+    assert!(fs::read(hub.download(REPO, LARGE, "main", &mut quiet).unwrap()).unwrap() == large());
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+// ---- busy servers ----
+
+#[test]
+fn busy_servers_are_asked_six_times() {
+    for status in [429, 500, 502, 503, 504] {
+        // Five failures of the hub and five of the store are survived.
+        let fake = Fake::with(move |request, usual| if request.nth < 5 { Answer::error(status, "") } else { usual });
+        assert_large(&fake, &Folder::new());
+        fake.behave(move |_, _| Answer::error(status, ""));
+        fake.forget();
+        assert_fails(&fake, &Folder::new(), LARGE, &["attempts: 6", &status.to_string()]);
+        assert_eq!(fake.log().len(), 6);
+    }
+}
+
+#[test]
+fn waits_double() {
+    let fake = Fake::with(|_, _| Answer::error(503, ""));
+    let (folder, mut waits) = (Folder::new(), Vec::new());
+    let mut progress = |event: Event<'_>| {
+        if let Event::Retry { wait, .. } = event {
+            waits.push(wait.as_secs_f64() * 1e3);
+        }
+    };
+    fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut progress).unwrap_err();
+    for (wait, least) in waits.iter().zip([1.0, 2.0, 4.0, 8.0, 16.0]) {
+        assert!((least..least * 1.26).contains(wait), "{waits:?}");
+    }
+    assert_eq!(waits.len(), 5);
+}
+
+#[test]
+fn retry_after_is_honoured_up_to_a_minute() {
+    let busy = |seconds: &'static str| move |_: &Request, _| Answer::error(429, "").with("Retry-After", Some(seconds));
+    let fake = Fake::with(|request, usual| {
+        if request.nth == 0 && request.cdn { Answer::error(429, "").with("Retry-After", Some("1")) } else { usual }
+    });
+    let (folder, start) = (Folder::new(), Instant::now());
+    assert_large(&fake, &folder);
+    assert!(start.elapsed() >= Duration::from_secs(1));
+
+    fake.behave(busy("61"));
+    let start = Instant::now();
+    fake.forget();
+    assert_fails(&fake, &Folder::new(), LARGE, &["told to wait 61 s", "429"]);
+    assert!(start.elapsed() < Duration::from_secs(1));
+    assert_eq!(fake.log().len(), 1);
+}
+
+#[test]
+fn an_expired_link_is_renewed() {
+    let fake = Fake::with(|request, usual| match request.nth {
+        0 if request.is_bytes() => usual.cut(100_000),
+        1 if request.is_bytes() => Answer::error(403, ""),
+        _ => usual,
+    });
+    assert_large(&fake, &Folder::new());
+    assert_eq!((fake.count(Request::is_head), fake.sent() - b"no".len()), (2, LARGE_SIZE));
+    fake.behave(|request, usual| if request.is_bytes() { Answer::error(403, "") } else { usual });
+    assert_fails(&fake, &Folder::new(), LARGE, &["403", "expired"]);
+}
+
+#[test]
+fn nobody_at_home() {
+    let folder = Folder::new();
+    let hub = Hub::new(folder.cache()).unwrap().endpoint("http://127.0.0.1:9").unwrap();
+    let error = hub.backoff(Duration::from_millis(1)).download(REPO, LARGE, "main", &mut quiet).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Network);
+    assert!(error.to_string().contains("attempts: 3: no answer from http://127.0.0.1:9"), "{error}");
+    assert_eq!(folder.tree(), [""; 0]);
+}
+
+// ---- nothing is believed ----
+
+#[test]
+fn wrong_bytes_never_become_visible() {
+    for file in [LARGE, SMALL] {
+        let fake = Fake::with(|request, usual| if request.method == "GET" { usual.corrupt() } else { usual });
+        let folder = Folder::new();
+        assert_fails(&fake, &folder, file, &["corrupt", "hash"]);
+        assert_eq!(folder.partials(), [0; 0], "wrong bytes are not kept");
+        fake.behave(|_, usual| usual);
+        fake.hub(&folder.cache()).download(REPO, file, "main", &mut quiet).unwrap();
+    }
+    let once =
+        Fake::with(|request, usual| if request.is_bytes() && request.nth == 0 { usual.corrupt() } else { usual });
+    assert_large(&once, &Folder::new());
+}
+
+#[test]
+fn sizes_must_agree() {
+    for size in ["300126", "300120", "0", "18446744073709551615"] {
+        let fake = Fake::with(
+            move |request, usual| {
+                if request.is_head() { usual.with("X-Linked-Size", Some(size)) } else { usual }
+            },
+        );
+        assert_fails(&fake, &Folder::new(), LARGE, &[]);
+    }
+    let page = Fake::with(
+        |request, usual| {
+            if request.is_bytes() { Answer::new(200, &[], b"<html>Sign in</html>") } else { usual }
+        },
+    );
+    assert_fails(&page, &Folder::new(), LARGE, &["20 bytes"]);
+}
+
+#[test]
+fn names_of_the_server_cannot_climb() {
+    let long = "a".repeat(300);
+    let climbing = ["../../../evil", "..", ".", "", "a/b", "/tmp/crosscoder-evil", "..\\evil", "abc", &long];
+    for name in climbing {
+        for header in ["X-Linked-Etag", "ETag", "X-Repo-Commit"] {
+            let (name, file) = (name.to_owned(), if header == "ETag" { SMALL } else { LARGE });
+            let fake = Fake::with(move |_, usual| usual.with(header, Some(&name)));
+            let folder = Folder::new();
+            assert_fails(&fake, &folder, file, &[if header == "X-Repo-Commit" { "commit" } else { "ETag" }]);
+            assert_eq!(folder.tree(), [""; 0], "nothing at all was written");
+        }
+    }
+}
+
+#[test]
+fn answers_that_lack_something_are_refused() {
+    for (file, header, word) in [
+        (LARGE, "X-Repo-Commit", "commit"),
+        (LARGE, "X-Linked-Etag", "ETag"),
+        (SMALL, "ETag", "ETag"),
+        (LARGE, "X-Linked-Size", "size"),
+        (LARGE, "Location", "Location"),
+    ] {
+        let fake = Fake::with(move |_, usual| usual.with(header, None));
+        assert_fails(&fake, &Folder::new(), file, &[word]);
+    }
+}
+
+#[test]
+fn names_of_the_caller_cannot_climb() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    for (repo, file, revision) in [
+        ("../..", SMALL, "main"),
+        ("/etc", SMALL, "main"),
+        (REPO, "../../../etc/passwd", "main"),
+        (REPO, "/etc/passwd", "main"),
+        (REPO, SMALL, "../../main"),
+    ] {
+        let error = fake.hub(&folder.cache()).download(repo, file, revision, &mut quiet).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+    }
+    assert_eq!((fake.log().len(), folder.tree()), (0, Vec::new()));
+}
+
+#[test]
+fn the_token_stays_at_home() {
+    let fake = Fake::start();
+    let (home, cdn) = (fake.endpoint.clone(), fake.cdn.clone());
+    fake.behave(move |request, usual| match request.path.as_str() {
+        // The store sends the client back to the hub, which sends it to the store again.
+        "/cdn/sub/w.pt" => Answer::new(302, &[("Location", &format!("{home}/back"))], b""),
+        "/back" => Answer::new(307, &[("Location", &format!("{cdn}/cdn/sub/w.pt?there"))], b""),
+        "/cdn/sub/w.pt?there" => Answer::new(200, &[], &large()),
+        _ => usual,
+    });
+    let folder = Folder::new();
+    let hub = fake.hub(&folder.cache()).token("hf_secret").unwrap();
+    assert!(fs::read(hub.download(REPO, LARGE, "main", &mut quiet).unwrap()).unwrap() == large());
+    let seen: Vec<(String, bool)> =
+        fake.log().into_iter().map(|r| (r.path, r.headers.values().any(|v| v.contains("hf_secret")))).collect();
+    let wanted = [
+        ("/org/name/resolve/main/sub/w.pt", true),
+        ("/cdn/sub/w.pt", false),
+        ("/back", false),
+        ("/cdn/sub/w.pt?there", false),
+    ];
+    assert_eq!(seen, wanted.map(|(path, auth)| (path.to_owned(), auth)));
+}
+
+#[test]
+fn redirects_within_the_hub_keep_the_token() {
+    // As the real hub does for small files: a relative hop that has the headers, then the file.
+    let fake = Fake::with(|request, usual| {
+        if request.path != "/moved/config.json" {
+            return Answer { status: 307, body: Vec::new(), ..usual }.with("Location", Some("/moved/config.json"));
+        }
+        if request.headers.get("authorization").map(String::as_str) != Some("Bearer hf_secret") {
+            return Answer::error(401, "");
+        }
+        Answer::new(200, &[("Content-Length", "12")], &small())
+    });
+    let (folder, hop) = (Folder::new(), 307);
+    fake.behave({
+        let inner = fake.shared.behaviour.lock().unwrap().clone();
+        move |request, usual| {
+            let answer = inner(request, usual);
+            // A redirect's own length is not that of the file.
+            if answer.status == hop { answer.with("Content-Length", Some("0")) } else { answer }
+        }
+    });
+    let hub = fake.hub(&folder.cache()).token("hf_secret").unwrap();
+    assert_eq!(fs::read(hub.download(REPO, SMALL, "main", &mut quiet).unwrap()).unwrap(), small());
+}
+
+#[test]
+fn redirects_end() {
+    let fake = Fake::with(|request, _| Answer::new(302, &[("Location", &request.path)], b""));
+    assert_fails(&fake, &Folder::new(), LARGE, &["10 redirects"]);
+    assert_eq!(fake.log().len(), 11);
+    let fake = Fake::with(|_, usual| usual.with("Location", Some("file:///etc/passwd")));
+    assert_fails(&fake, &Folder::new(), LARGE, &["redirect", "file:///etc/passwd"]);
+}
+
+#[test]
+fn compressed_answers_are_unpacked_and_no_longer_than_the_file() {
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        flate2::read::GzEncoder::new(bytes, flate2::Compression::fast()).read_to_end(&mut out).unwrap();
+        out
+    }
+    for (file, bytes) in [(LARGE, large()), (SMALL, small())] {
+        let body = gzip(&bytes);
+        let fake = Fake::with(move |request, usual| {
+            if request.method == "GET" && usual.status == 200 {
+                return Answer::new(200, &[("Content-Encoding", "gzip")], &body);
+            }
+            usual
+        });
+        let folder = Folder::new();
+        let path = fake.hub(&folder.cache()).download(REPO, file, "main", &mut quiet).unwrap();
+        assert!(fs::read(path).unwrap() == bytes);
+        assert!(fake.log().iter().all(|r| r.headers["accept-encoding"] == "identity"));
+    }
+    let bomb = gzip(&vec![0; 64 << 20]);
+    let fake =
+        Fake::with(
+            move |request, usual| {
+                if request.is_bytes() { Answer::new(200, &[("Content-Encoding", "gzip")], &bomb) } else { usual }
+            },
+        );
+    let folder = Folder::new();
+    let mut most = 0;
+    let mut progress = |event: Event<'_>| {
+        if let Event::Bytes { done, .. } = event {
+            most = most.max(done);
+        }
+    };
+    let error = fake.hub(&folder.cache()).download(REPO, LARGE, "main", &mut progress).unwrap_err();
+    assert!(error.to_string().contains("hash"), "{error}");
+    assert_eq!(most, LARGE_SIZE as u64);
+}
+
+// ---- what is wrong is said ----
+
+#[test]
+fn refusals_name_their_cause() {
+    for (status, code, words) in [
+        (401, "GatedRepo", &["gated", "HF_TOKEN"][..]),
+        (403, "GatedRepo", &["gated", "HF_TOKEN"]),
+        (401, "RepoNotFound", &["repository not found", "HF_TOKEN"]),
+        (404, "RepoNotFound", &["repository not found"]),
+        (404, "RevisionNotFound", &["no such revision", "main"]),
+        (404, "EntryNotFound", &["no such file", SMALL]),
+        (401, "", &["401"]),
+        (403, "", &["403"]),
+        (404, "", &["404"]),
+        (418, "", &["418"]),
+    ] {
+        let fake = Fake::with(move |_, _| Answer::error(status, code).with("X-Error-Message", Some("as ordered")));
+        let folder = Folder::new();
+        let error = assert_fails(&fake, &folder, SMALL, words);
+        assert_eq!(error.kind(), ErrorKind::Network);
+        assert_eq!((fake.log().len(), folder.tree()), (1, Vec::new()), "one request, no file: {error}");
+    }
+}
+
+#[test]
+fn errors_of_the_disk_name_the_path() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let cache = folder.0.join("a file");
+    fs::write(&cache, b"").unwrap();
+    let error = fake.hub(&cache).download(REPO, LARGE, "main", &mut quiet).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().contains("a file"), "{error}");
+}
