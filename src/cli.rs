@@ -1,23 +1,55 @@
-//! The command line: one module a verb.
+//! The command line: one module a verb. The only code that prints, and the one place that picks a backend.
+//!
+//! Results go to stdout, progress and errors to stderr. Exit status 0, 1 on failure, 2 on wrong usage.
 
+mod args;
 mod download;
+mod golden;
+mod info;
 mod progress;
 
-use std::io::Write;
-
 use crosscoder::error::{Error, ErrorKind, Result};
+use std::io::Write;
+use std::process::ExitCode;
 
-fn run() -> Result<()> {
+const HELP: &str = "\
+crosscoder VERB …
+
+  golden   CASE…                    compare with the Python original
+  info     FILE…                    what is in a .pt, .safetensors or .npy file
+  download [REPO [PATH…]]           from the Hugging Face hub, into its cache
+
+`crosscoder VERB --help` tells more. Results go to stdout, progress to stderr. Exit status: 0, 1 on failure, 2 on wrong usage.
+";
+
+fn run() -> Result<ExitCode> {
     let mut parser = lexopt::Parser::from_env();
-    match parser.next().map_err(|e| Error::usage(e.to_string()))? {
-        Some(lexopt::Arg::Value(verb)) if verb == "download" => download::run(&mut parser),
-        _ => Err(Error::usage(download::HELP)),
+    match parser.next().map_err(args::usage)? {
+        Some(lexopt::Arg::Value(verb)) => match verb.to_str() {
+            Some("download") => download::run(&mut parser),
+            Some("golden") => golden::run(&mut parser),
+            Some("info") => info::run(&mut parser),
+            Some("help") => args::help(HELP),
+            _ => Err(Error::usage(format!("no verb '{}'; `crosscoder help` lists them", verb.display()))),
+        },
+        Some(lexopt::Arg::Long("help") | lexopt::Arg::Short('h')) => args::help(HELP),
+        Some(lexopt::Arg::Long("version") | lexopt::Arg::Short('V')) => {
+            args::help(concat!("crosscoder ", env!("CARGO_PKG_VERSION"), "\n"))
+        }
+        Some(other) => Err(args::usage(other.unexpected())),
+        None => Err(Error::usage(format!("a verb is missing\n\n{HELP}"))),
     }
 }
 
 /// Runs the program; the exit status.
-pub(crate) fn main() -> std::process::ExitCode {
-    let Err(error) = run() else { return std::process::ExitCode::SUCCESS };
-    let _ = writeln!(std::io::stderr(), "crosscoder: {error}");
-    std::process::ExitCode::from(if error.kind() == ErrorKind::Usage { 2 } else { 1 })
+pub(crate) fn main() -> ExitCode {
+    match run() {
+        Ok(status) => status,
+        // Whoever read our output has had enough: `crosscoder info … | head`.
+        Err(error) if args::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "crosscoder: {error}");
+            ExitCode::from(if error.kind() == ErrorKind::Usage { 2 } else { 1 })
+        }
+    }
 }

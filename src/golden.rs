@@ -26,13 +26,16 @@
 
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Scalar};
+use crate::checkpoint;
 use crate::config::Config;
 use crate::crosscoder::CrossCoder;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::files::TensorFile;
 use crate::tensor::Tensor;
 use ndarray::Array3;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// One golden case in memory.
 #[derive(Clone, Debug)]
@@ -170,6 +173,22 @@ fn batch<B: Backend>(tensor: &Tensor) -> Result<Array3<B::Scalar>> {
 }
 
 impl Case {
+    /// Reads a case from its directory: `0.pt`, `0_cfg.json`, `golden.pt`.
+    ///
+    /// # Errors
+    /// A file that is missing or damaged, or a `golden.pt` that is no dict of tensors.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let (cfg, weights) = checkpoint::read(&checkpoint::numbered(dir, 0))?;
+        let path = dir.join("golden.pt");
+        let mut file = TensorFile::open(&path)?;
+        let mut golden = BTreeMap::new();
+        for (index, entry) in file.tensors().to_vec().into_iter().enumerate() {
+            golden.insert(entry.name, file.read(index)?);
+        }
+        let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy().into_owned();
+        Ok(Case { name, cfg, weights, golden })
+    }
+
     fn tensor(&self, key: &str) -> Result<&Tensor> {
         self.golden.get(key).ok_or_else(|| Error::format(format!("golden.pt has no key {key:?}")).at(&self.name))
     }

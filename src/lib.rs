@@ -34,15 +34,24 @@
 pub mod atomic;
 pub mod autodiff;
 pub mod backend;
+pub mod checkpoint;
 pub mod config;
+mod crc32;
 mod crosscoder;
 pub mod dtype;
 pub mod error;
+pub mod files;
 pub mod golden;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod info;
 pub mod init;
+mod magic;
+pub mod npy;
+pub mod pt;
+mod raw;
 pub mod rng;
+pub mod safetensors;
 pub mod sparse;
 pub mod tensor;
 

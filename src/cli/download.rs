@@ -1,9 +1,11 @@
 //! `crosscoder download`: files of the Hugging Face hub into its cache.
 
 use std::io::Write;
+use std::process::ExitCode;
 
+use super::args;
 use super::progress::{Progress, Unit};
-use crosscoder::error::{Error, Result};
+use crosscoder::error::Result;
 use crosscoder::hub::{CFG_FILE, DEFAULT_PATH, DEFAULT_REPO, DEFAULT_REVISION, Event, Hub, WEIGHTS_FILE};
 
 pub(crate) const HELP: &str = "\
@@ -22,22 +24,18 @@ HF_HUB_OFFLINE, HTTPS_PROXY, as for huggingface_hub.
 ";
 
 /// Reads the arguments after the verb and does it.
-pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<()> {
+pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
-    let usage = |error: lexopt::Error| Error::usage(error.to_string());
-    let text = |value: std::ffi::OsString| {
-        value.into_string().map_err(|value| Error::usage(format!("'{}' is not UTF-8", value.display())))
-    };
     let mut names = Vec::new();
     let mut revision = DEFAULT_REVISION.to_owned();
-    while let Some(arg) = parser.next().map_err(usage)? {
+    while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
-            Long("revision") => revision = text(parser.value().map_err(usage)?)?,
+            Long("revision") => revision = args::text(parser)?,
             Long("help") | Short('h') => {
-                return write!(std::io::stdout(), "{HELP}").map_err(|e| Error::io("cannot print", e));
+                return args::help(HELP);
             }
-            Value(value) => names.push(text(value)?),
-            other => return Err(usage(other.unexpected())),
+            Value(value) => names.push(args::utf8(value)?),
+            other => return Err(args::usage(other.unexpected())),
         }
     }
     let mut names = names.into_iter();
@@ -51,11 +49,10 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<()> {
     let mut shown = Shown { file: String::new(), line: None };
     let paths = Hub::from_env()?.download_all(&repo, &files, &revision, &mut |event| shown.show(event));
     drop(shown);
-    let mut out = std::io::stdout().lock();
     for path in paths? {
-        writeln!(out, "{}", path.display()).map_err(|e| Error::io("cannot print", e))?;
+        args::print(&format!("{}\n", path.display()))?;
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The files that a PATH stands for.

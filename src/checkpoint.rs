@@ -1,0 +1,293 @@
+//! Checkpoints in the original's layout: `version_K/N.pt` with `N_cfg.json` beside it, or `cc_weights.pt` with `cfg.json`.
+//!
+//! Original: `create_save_dir`, `save`, `load`. Both files of a checkpoint are written and synced beside their places first;
+//! then the cfg is renamed, then the weights. A reader goes by the weights, so it finds a checkpoint whole or not at all.
+
+use crate::atomic;
+use crate::autodiff::{PARAMETER_NAMES, Parameters};
+use crate::backend::{Backend, Cpu, Scalar, Shaped};
+use crate::config::Config;
+use crate::crosscoder::CrossCoder;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::files::TensorFile;
+use crate::pt::{self, TensorSource};
+use crate::tensor::Tensor;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Elements that are fetched from a backend at a time when a parameter is saved.
+const SAVE_ELEMENTS: usize = 1 << 16;
+
+/// The files of one checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// The weights, `.pt` or `.safetensors`.
+    pub weights: PathBuf,
+    /// The cfg.
+    pub cfg: PathBuf,
+}
+
+/// The checkpoint `N` in a version directory: `N.pt` and `N_cfg.json`.
+pub fn numbered(dir: &Path, n: usize) -> Files {
+    Files { weights: dir.join(format!("{n}.pt")), cfg: dir.join(format!("{n}_cfg.json")) }
+}
+
+/// The numbers of the checkpoints in a version directory, ascending: there is a weights file for each.
+///
+/// # Errors
+/// If the directory cannot be listed.
+pub fn numbers(dir: &Path) -> Result<Vec<usize>> {
+    list(dir, |name| name.strip_suffix(".pt"))
+}
+
+/// The numbers of the version directories in `base`, ascending.
+///
+/// # Errors
+/// If the directory cannot be listed.
+pub fn versions(base: &Path) -> Result<Vec<usize>> {
+    list(base, |name| name.strip_prefix("version_"))
+}
+
+/// `version_K` for a number K.
+pub fn version_dir(base: &Path, version: usize) -> PathBuf {
+    base.join(format!("version_{version}"))
+}
+
+/// Makes the next version directory, `version_0` or one more than the largest there is. Original: `create_save_dir`.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn create_save_dir(base: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(base).map_err(|e| Error::io("cannot make the folder", e).in_file(base))?;
+    let mut version = versions(base)?.last().map_or(0, |last| last + 1);
+    loop {
+        let dir = version_dir(base, version);
+        match std::fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            // Another process was faster.
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => version += 1,
+            Err(e) => return Err(Error::io("cannot make the folder", e).in_file(&dir)),
+        }
+    }
+}
+
+fn list(dir: &Path, number: impl Fn(&str) -> Option<&str>) -> Result<Vec<usize>> {
+    let cannot = |e| Error::io("cannot list the folder", e).in_file(dir);
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(cannot)? {
+        let name = entry.map_err(cannot)?.file_name();
+        // `007` would be another file than `7`: only the spelling that we write counts.
+        let n = name
+            .to_str()
+            .and_then(&number)
+            .and_then(|text| text.parse::<usize>().ok().filter(|n| n.to_string() == text));
+        numbers.extend(n);
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// The files of the checkpoint at `path`: a weights file with its cfg beside it, a directory that holds `cfg.json` and
+/// `cc_weights.pt`, or a version directory, whose newest checkpoint it is.
+///
+/// # Errors
+/// If there is no checkpoint; the message names what was looked for.
+pub fn find(path: &Path) -> Result<Files> {
+    let is_file = |p: &Path| p.is_file();
+    if path.is_dir() {
+        if let Some(&newest) = numbers(path)?.last() {
+            return Ok(numbered(path, newest));
+        }
+        for (weights, cfg) in [("cc_weights.pt", "cfg.json"), ("cc_weights.safetensors", "cfg.json")] {
+            let files = Files { weights: path.join(weights), cfg: path.join(cfg) };
+            if is_file(&files.weights) {
+                return Ok(files);
+            }
+        }
+        return Err(Error::usage("no checkpoint here: needs N.pt with N_cfg.json, or cc_weights.pt with cfg.json")
+            .in_file(path));
+    }
+    if !path.exists() {
+        return Err(Error::io("no such checkpoint", std::io::ErrorKind::NotFound.into()).in_file(path));
+    }
+    let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+    let candidates = [format!("{stem}_cfg.json"), "cfg.json".to_owned()].map(|name| path.with_file_name(name));
+    match candidates.iter().find(|cfg| is_file(cfg)) {
+        Some(cfg) => Ok(Files { weights: path.to_owned(), cfg: cfg.clone() }),
+        None => {
+            let [beside, _] = &candidates;
+            Err(Error::usage(format!("its cfg is missing: neither {} nor cfg.json is beside it", beside.display()))
+                .in_file(path))
+        }
+    }
+}
+
+/// Reads a cfg.
+///
+/// # Errors
+/// A file that cannot be read or is no JSON object.
+pub fn read_cfg(path: &Path) -> Result<Config> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read", e).in_file(path))?;
+    Config::from_json(&bytes).map_err(|e| e.in_file(path))
+}
+
+/// Reads a checkpoint's cfg and its four parameters, on the host.
+///
+/// # Errors
+/// Files that cannot be read; a weights file that lacks a parameter or holds another tensor.
+pub fn read(files: &Files) -> Result<(Config, Parameters<Tensor>)> {
+    Ok((read_cfg(&files.cfg)?, read_weights(&files.weights)?))
+}
+
+/// Reads the four parameters from a weights file.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_weights(path: &Path) -> Result<Parameters<Tensor>> {
+    let mut file = TensorFile::open(path)?;
+    let entries = file.tensors().to_vec();
+    let known = |name: &str| PARAMETER_NAMES.contains(&name);
+    if let Some(other) = entries.iter().find(|entry| !known(&entry.name)) {
+        let found = format!("holds a tensor {:?}; a crosscoder has {}", other.name, PARAMETER_NAMES.join(", "));
+        return Err(Error::format(found).in_file(path));
+    }
+    let mut read = |name: &str| {
+        let index = entries.iter().position(|entry| entry.name == name);
+        let index = index.ok_or_else(|| Error::format(format!("{name} is missing")).in_file(path))?;
+        file.read(index)
+    };
+    let [w_enc, w_dec, b_enc, b_dec] = PARAMETER_NAMES;
+    Ok(Parameters { w_enc: read(w_enc)?, w_dec: read(w_dec)?, b_enc: read(b_enc)?, b_dec: read(b_dec)? })
+}
+
+impl CrossCoder {
+    /// A crosscoder with the initial weights that the cfg's `seed`, `enc_dtype`, `d_in`, `dict_size` and `dec_init_norm` say, bit
+    /// for bit those of the original. Original: `CrossCoder(cfg)`.
+    ///
+    /// # Errors
+    /// A key that is missing or ill-typed.
+    pub fn new(cfg: Config) -> Result<Self> {
+        Self::new_on(Cpu::new(cfg.enc_dtype()?), cfg)
+    }
+
+    /// Loads the checkpoint at `path`, see [`find`] for what that may be. Original: `load`.
+    ///
+    /// ```no_run
+    /// let crosscoder = crosscoder::CrossCoder::load("checkpoints/version_0")?;
+    /// # Ok::<(), crosscoder::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Files that are missing, damaged or contradict each other; the message names file, entry, what was needed and found.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let files = find(path.as_ref())?;
+        let dtype = read_cfg(&files.cfg)?.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
+        Self::load_files(Cpu::new(dtype), &files)
+    }
+}
+
+impl<B: Backend> CrossCoder<B> {
+    /// [`CrossCoder::new`] on any backend, in whose dtype the weights are drawn.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new_on(backend: B, cfg: Config) -> Result<Self> {
+        let (seed, norm) = (cfg.seed()?, cfg.number("dec_init_norm")?);
+        // hardcoding n_models to 2, as the original does
+        let weights = crate::init::initial_weights(seed, cfg.dict_size()?, 2, cfg.d_in()?, backend.dtype(), norm)?;
+        Self::from_tensors(backend, cfg, weights)
+    }
+
+    /// [`CrossCoder::load`] on any backend.
+    ///
+    /// # Errors
+    /// As there; a backend of another dtype than the cfg's.
+    pub fn load_on(backend: B, path: impl AsRef<Path>) -> Result<Self> {
+        Self::load_files(backend, &find(path.as_ref())?)
+    }
+
+    /// Loads the checkpoint that these files are.
+    ///
+    /// # Errors
+    /// As [`CrossCoder::load`].
+    pub fn load_files(backend: B, files: &Files) -> Result<Self> {
+        let (cfg, weights) = read(files)?;
+        Self::from_tensors(backend, cfg, weights).map_err(|e| e.in_file(&files.weights))
+    }
+
+    /// Saves the checkpoint whole or not at all: the weights as `torch.save(self.state_dict(), …)` writes them, byte for byte,
+    /// or as `.safetensors`, and the cfg. Memory beyond the weights is a small buffer. Original: `save`.
+    ///
+    /// # Errors
+    /// A folder that cannot be written to, a full disk; what was there before is untouched then.
+    pub fn save(&self, files: &Files) -> Result<()> {
+        let weights = atomic::stage(&files.weights, |out| {
+            let sources = self.sources();
+            let tensors: Vec<(&str, &dyn TensorSource)> =
+                PARAMETER_NAMES.into_iter().zip(sources.iter().map(|s| s as &dyn TensorSource)).collect();
+            let folder = pt::Writer::<Vec<u8>>::folder_for(&files.weights);
+            pt::write_state_dict(out, &folder, &tensors).map(drop)
+        })?;
+        let cfg = atomic::stage(&files.cfg, |out| {
+            out.write_all(self.cfg.to_json().as_bytes()).map_err(|e| Error::io("cannot write", e))
+        })?;
+        cfg.place()?;
+        weights.place()
+    }
+
+    /// The parameters as the original's `state_dict()` has them: names, shapes and strides; elements are fetched in pieces.
+    fn sources(&self) -> [Source<'_, B>; 4] {
+        let (h, m, d) = (self.d_hidden(), self.n_models(), self.d_in());
+        let source = |matrix, shape: &[usize], strides: &[usize]| Source {
+            backend: &self.backend,
+            matrix,
+            shape: shape.to_vec(),
+            strides: strides.to_vec(),
+        };
+        let p = &self.params;
+        [
+            source(&p.w_enc, &[m, d, h], &[d, 1, m * d]),
+            source(&p.w_dec, &[h, m, d], &[m * d, d, 1]),
+            source(&p.b_enc, &[h], &[1]),
+            source(&p.b_dec, &[m, d], &[d, 1]),
+        ]
+    }
+}
+
+/// A parameter on a backend, in the order it lies there, as something to be saved.
+struct Source<'a, B: Backend> {
+    backend: &'a B,
+    matrix: &'a B::Matrix,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+impl<B: Backend> TensorSource for Source<'_, B> {
+    fn dtype(&self) -> Dtype {
+        self.backend.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn strides(&self) -> &[usize] {
+        &self.strides
+    }
+
+    fn le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (rows, cols) = self.matrix.shape();
+        let (mut at, total) = (0, rows * cols);
+        let mut bytes = Vec::new();
+        while at < total {
+            let mut piece = vec![B::Scalar::default(); SAVE_ELEMENTS.min(total - at)];
+            self.backend.download(self.matrix, at, &mut piece)?;
+            at += piece.len();
+            bytes.clear();
+            B::Scalar::wrap(piece).cast(self.backend.dtype())?.le_bytes(0, SAVE_ELEMENTS, &mut bytes);
+            sink(&bytes)?;
+        }
+        Ok(())
+    }
+}

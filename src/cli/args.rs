@@ -1,0 +1,55 @@
+//! What the verbs share: reading arguments, printing results.
+
+use crosscoder::error::{Error, Result};
+use crosscoder::sparse::Path;
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// lexopt's error as ours.
+pub(crate) fn usage(error: lexopt::Error) -> Error {
+    Error::usage(error.to_string())
+}
+
+/// The value of an option, as text.
+pub(crate) fn text(parser: &mut lexopt::Parser) -> Result<String> {
+    utf8(parser.value().map_err(usage)?)
+}
+
+/// An argument that must be text.
+pub(crate) fn utf8(value: OsString) -> Result<String> {
+    value.into_string().map_err(|value| Error::usage(format!("'{}' is not UTF-8", value.display())))
+}
+
+/// The value of an option that is a number.
+pub(crate) fn number<T: std::str::FromStr>(parser: &mut lexopt::Parser, option: &str) -> Result<T> {
+    let text = text(parser)?;
+    text.parse().map_err(|_| Error::usage(format!("--{option} needs a number, found '{text}'")))
+}
+
+/// The value of `--path`.
+pub(crate) fn path(parser: &mut lexopt::Parser) -> Result<Path> {
+    match text(parser)?.as_str() {
+        "auto" => Ok(Path::Auto),
+        "dense" => Ok(Path::Dense),
+        "sparse" => Ok(Path::Sparse),
+        other => Err(Error::usage(format!("--path needs auto, dense or sparse, found '{other}'"))),
+    }
+}
+
+/// Prints results.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("cannot print", e))
+}
+
+/// Prints help, with success.
+pub(crate) fn help(text: &str) -> Result<ExitCode> {
+    print(text).map(|()| ExitCode::SUCCESS)
+}
+
+/// Whether printing failed because nobody reads any more.
+pub(crate) fn is_broken_pipe(error: &Error) -> bool {
+    let source = std::error::Error::source(error).and_then(|e| e.downcast_ref::<std::io::Error>());
+    source.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
