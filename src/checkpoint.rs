@@ -12,7 +12,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::files::TensorFile;
 use crate::pt::{self, TensorSource};
-use crate::tensor::Tensor;
+use crate::safetensors;
+use crate::tensor::{Tensor, Values, row_major_strides};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -217,23 +218,15 @@ impl<B: Backend> CrossCoder<B> {
     }
 
     /// Saves the checkpoint whole or not at all: the weights as `torch.save(self.state_dict(), …)` writes them, byte for byte,
-    /// or as `.safetensors`, and the cfg. Memory beyond the weights is a small buffer. Original: `save`.
+    /// or as `.safetensors` where the file is named so, and the cfg. Original: `save`.
+    ///
+    /// Memory beyond the weights is a small buffer; for `.safetensors`, which holds `W_enc` in row-major order, a copy of it.
     ///
     /// # Errors
     /// A folder that cannot be written to, a full disk; what was there before is untouched then.
     pub fn save(&self, files: &Files) -> Result<()> {
-        let weights = atomic::stage(&files.weights, |out| {
-            let sources = self.sources();
-            let tensors: Vec<(&str, &dyn TensorSource)> =
-                PARAMETER_NAMES.into_iter().zip(sources.iter().map(|s| s as &dyn TensorSource)).collect();
-            let folder = pt::Writer::<Vec<u8>>::folder_for(&files.weights);
-            pt::write_state_dict(out, &folder, &tensors).map(drop)
-        })?;
-        let cfg = atomic::stage(&files.cfg, |out| {
-            out.write_all(self.cfg.to_json().as_bytes()).map_err(|e| Error::io("cannot write", e))
-        })?;
-        cfg.place()?;
-        weights.place()
+        let sources = self.sources();
+        write(files, &self.cfg, sources.each_ref().map(|source| source as &dyn TensorSource))
     }
 
     /// The parameters as the original's `state_dict()` has them: names, shapes and strides; elements are fetched in pieces.
@@ -253,6 +246,61 @@ impl<B: Backend> CrossCoder<B> {
             source(&p.b_dec, &[m, d], &[d, 1]),
         ]
     }
+}
+
+/// Writes a checkpoint, whole or not at all; the parameters in the order of [`PARAMETER_NAMES`], in the original's shapes.
+///
+/// # Errors
+/// As [`CrossCoder::save`].
+pub fn write(files: &Files, cfg: &Config, parameters: [&dyn TensorSource; 4]) -> Result<()> {
+    let weights = atomic::stage(&files.weights, |out| {
+        let named: Vec<(&str, &dyn TensorSource)> = PARAMETER_NAMES.into_iter().zip(parameters).collect();
+        if is_safetensors(&files.weights) {
+            return safetensors::write(out, &named, &[]).map(drop);
+        }
+        pt::write_state_dict(out, &pt::Writer::<Vec<u8>>::folder_for(&files.weights), &named).map(drop)
+    })?;
+    let cfg = atomic::stage(&files.cfg, |out| {
+        out.write_all(cfg.to_json().as_bytes()).map_err(|e| Error::io("cannot write", e))
+    })?;
+    cfg.place()?;
+    weights.place()
+}
+
+/// The four parameters in `dtype`, rounded to nearest even, and lying as the original lays them out: `W_enc` as
+/// [d_hidden, n_models, d_in]. What lies and is so already is not copied.
+///
+/// # Errors
+/// Integers, which are no weights.
+pub fn cast(weights: Parameters<Tensor>, dtype: Dtype) -> Result<Parameters<Tensor>> {
+    let Parameters { w_enc, w_dec, b_enc, b_dec } = weights;
+    let w_enc = match w_enc.shape().len() {
+        3 => w_enc.permuted(&[2, 0, 1]).into_row_major().permuted(&[1, 2, 0]),
+        _ => w_enc,
+    };
+    Ok(Parameters {
+        w_enc: cast_tensor(w_enc, dtype)?,
+        w_dec: cast_tensor(w_dec.into_row_major(), dtype)?,
+        b_enc: cast_tensor(b_enc, dtype)?,
+        b_dec: cast_tensor(b_dec.into_row_major(), dtype)?,
+    })
+}
+
+/// A tensor in `dtype`, rounded to nearest even, in the order it lies in.
+///
+/// # Errors
+/// Integers.
+pub fn cast_tensor(tensor: Tensor, dtype: Dtype) -> Result<Tensor> {
+    if !matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        return Err(Error::unsupported(format!("cast from {} to {dtype}: only floats are cast", tensor.dtype())));
+    }
+    let (shape, strides) = (tensor.shape().to_vec(), tensor.strides().to_vec());
+    Tensor::with_strides(shape, strides, tensor.into_values().cast(dtype)?)
+}
+
+/// Whether a file's name asks for the format of safetensors.
+pub fn is_safetensors(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors"))
 }
 
 /// A parameter on a backend, in the order it lies there, as something to be saved.
@@ -289,5 +337,17 @@ impl<B: Backend> TensorSource for Source<'_, B> {
             sink(&bytes)?;
         }
         Ok(())
+    }
+
+    fn row_major_le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        if self.strides == row_major_strides(&self.shape) {
+            return self.le_bytes(sink);
+        }
+        let mut values = Values::with_capacity(self.dtype(), self.shape.iter().product());
+        self.le_bytes(&mut |bytes| {
+            values.push_le_bytes(bytes);
+            Ok(())
+        })?;
+        Tensor::with_strides(self.shape.clone(), self.strides.clone(), values)?.row_major_le_bytes(sink)
     }
 }

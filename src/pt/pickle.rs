@@ -292,7 +292,9 @@ impl<'a> Machine<'a> {
                 return Ok(None);
             }
             (0, _) => {
-                return Err(Error::unsupported(format!("a pickle of protocol 2 to 5 begins with 80, not {opcode:02x}")));
+                return Err(Error::unsupported(format!(
+                    "a pickle of protocol 2 to 5 begins with 80, not {opcode:02x}"
+                )));
             }
             _ => {}
         }

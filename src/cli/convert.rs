@@ -1,0 +1,128 @@
+//! `crosscoder convert`: between formats and dtypes.
+
+use super::args;
+use crosscoder::atomic;
+use crosscoder::autodiff::PARAMETER_NAMES;
+use crosscoder::checkpoint::{self, Files, is_safetensors};
+use crosscoder::dtype::Dtype;
+use crosscoder::error::{Error, Result};
+use crosscoder::files::TensorFile;
+use crosscoder::pt::{self, Save, TensorSource};
+use crosscoder::safetensors;
+use crosscoder::tensor::Tensor;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const HELP: &str = "\
+crosscoder convert IN OUT [--dtype fp32|fp16|bf16] [--force]
+
+Converts between .pt and .safetensors, by the name of OUT. IN is a checkpoint (a version directory, or a weights file with
+its cfg beside it) or any .pt, .safetensors or .npy file of tensors.
+
+A checkpoint becomes one of the original's layout: W_enc with the original's strides in a .pt, the cfg beside OUT as
+NAME_cfg.json, its enc_dtype that of the weights. Of other files the tensors are kept by their names; plain values beside
+tensors are named on stderr and left out of a .safetensors, which cannot hold them.
+
+  --dtype D  casts float tensors, rounding to nearest even
+  --force    replaces OUT if it is there
+";
+
+pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    use lexopt::Arg::{Long, Short, Value};
+    let (mut paths, mut dtype, mut force) = (Vec::<PathBuf>::new(), None, false);
+    while let Some(arg) = parser.next().map_err(args::usage)? {
+        match arg {
+            Long("dtype") => {
+                let name = args::text(parser)?;
+                dtype = Some(
+                    Dtype::from_enc_name(&name)
+                        .map_err(|_| Error::usage(format!("--dtype needs fp32, fp16 or bf16, found '{name}'")))?,
+                );
+            }
+            Long("force") => force = true,
+            Long("help") | Short('h') => return args::help(HELP),
+            Value(path) => paths.push(path.into()),
+            other => return Err(args::usage(other.unexpected())),
+        }
+    }
+    let [from, to] = &paths[..] else { return Err(Error::usage("convert needs IN and OUT")) };
+    if !is_safetensors(to) && to.extension().is_none_or(|e| !e.eq_ignore_ascii_case("pt")) {
+        return Err(Error::usage(format!("OUT must be named .pt or .safetensors, found '{}'", to.display())));
+    }
+    match checkpoint::find(from) {
+        Ok(files) if is_checkpoint(&files) => convert_checkpoint(&files, to, dtype, force)?,
+        Err(error) if from.is_dir() => return Err(error),
+        _ => convert_tensors(from, to, dtype, force)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn is_checkpoint(files: &Files) -> bool {
+    let names = |file: TensorFile| file.tensors().iter().map(|t| t.name.clone()).collect::<Vec<_>>();
+    let Ok(names) = TensorFile::open(&files.weights).map(names) else { return true };
+    PARAMETER_NAMES.iter().any(|name| names.iter().any(|n| n == name))
+}
+
+fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+    let stem = to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let out = Files { weights: to.to_owned(), cfg: to.with_file_name(format!("{stem}_cfg.json")) };
+    may_write(&out.weights, force)?;
+    may_write(&out.cfg, force)?;
+    let (mut cfg, weights) = checkpoint::read(files)?;
+    let dtype = match dtype {
+        Some(dtype) => dtype,
+        None => cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?,
+    };
+    cfg.set("enc_dtype", dtype.enc_name().unwrap_or_default());
+    let tensors = checkpoint::cast(weights, dtype)?;
+    checkpoint::write(&out, &cfg, tensors.each().map(|tensor| tensor as &dyn TensorSource))
+}
+
+fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+    may_write(to, force)?;
+    let mut file = TensorFile::open(from)?;
+    if let Some(pt) = file.as_pt() {
+        let mut left_out = Vec::new();
+        pt.plain_values(|path, _| {
+            left_out.push(pt::dotted(path));
+            Ok(())
+        })?;
+        if !left_out.is_empty() {
+            let _ = writeln!(std::io::stderr(), "plain values left out: {}", left_out.join(", "));
+        }
+    }
+    let entries = file.tensors().to_vec();
+    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    for (index, entry) in entries.into_iter().enumerate() {
+        let name = if entry.name.is_empty() { "tensor".to_owned() } else { entry.name };
+        if tensors.iter().any(|(other, _)| *other == name) {
+            return Err(Error::unsupported(format!("two tensors have the name {name:?}")).in_file(from));
+        }
+        let tensor = file.read(index)?;
+        let is_float = matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
+        let tensor = match dtype {
+            Some(dtype) if is_float => checkpoint::cast_tensor(tensor, dtype)?,
+            _ => tensor,
+        };
+        tensors.push((name, tensor));
+    }
+    atomic::write(to, |out| {
+        if is_safetensors(to) {
+            let named: Vec<(&str, &dyn TensorSource)> =
+                tensors.iter().map(|(name, tensor)| (name.as_str(), tensor as &dyn TensorSource)).collect();
+            return safetensors::write(out, &named, &[]).map(drop);
+        }
+        let entries = tensors.iter().map(|(name, tensor)| (name.as_str().into(), Save::Tensor(tensor))).collect();
+        let folder = pt::Writer::<Vec<u8>>::folder_for(to);
+        pt::Writer::new(out, &folder)?.save(&Save::Dict(entries)).map(drop)
+    })
+}
+
+/// Nothing is overwritten unasked.
+fn may_write(path: &Path, force: bool) -> Result<()> {
+    if !force && path.exists() {
+        return Err(Error::usage("is there already; --force replaces it").in_file(path));
+    }
+    Ok(())
+}
