@@ -2,11 +2,21 @@
 
 pub mod autodiff;
 pub mod backend;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod config;
 mod crosscoder;
+mod crc32;
 pub mod dtype;
 pub mod error;
 pub mod golden;
+pub mod files;
+pub mod info;
+mod magic;
+pub mod npy;
+pub mod pt;
+mod raw;
+pub mod safetensors;
 pub mod sparse;
 pub mod tensor;
 

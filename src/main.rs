@@ -1,3 +1,5 @@
-//! The command line.
+//! The program `crosscoder`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    crosscoder::cli::run()
+}

@@ -5,7 +5,7 @@
 //! overlaps exist in files only and are gathered when read.
 
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use half::{bf16, f16};
 
 /// A Rust type that is the element of a [`Values`] variant, and its little-endian bytes.
@@ -48,6 +48,23 @@ macro_rules! values {
             pub fn with_capacity(dtype: Dtype, capacity: usize) -> Self {
                 match dtype {
                     $(Dtype::$variant => Values::$variant(Vec::with_capacity(capacity)),)*
+                }
+            }
+
+            /// No elements yet, room for exactly `capacity`, in one allocation.
+            ///
+            /// # Errors
+            /// There is not enough memory.
+            pub fn try_with_capacity(dtype: Dtype, capacity: usize) -> Result<Self> {
+                let refuse = |e: std::collections::TryReserveError| {
+                    Error::new(ErrorKind::Io, format!("no memory for {capacity} elements of {dtype}")).with_source(e)
+                };
+                match dtype {
+                    $(Dtype::$variant => {
+                        let mut values = Vec::new();
+                        values.try_reserve_exact(capacity).map_err(refuse)?;
+                        Ok(Values::$variant(values))
+                    })*
                 }
             }
 
