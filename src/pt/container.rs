@@ -516,7 +516,8 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
             match descriptor_bytes(record, &after) {
                 Some(n) => free_from = end.saturating_add(n),
                 None => {
-                    fault = fault.or(Some("no data descriptor with its checksum and sizes follows the data".into()))
+                    fault = fault
+                        .or(Some("no data descriptor with its checksum (CRC-32) and sizes follows the data".into()))
                 }
             }
         }

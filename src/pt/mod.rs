@@ -112,6 +112,8 @@ impl<R: Read + Seek> PtFile<R> {
         let (nodes, root) = pickle::parse(&bytes, &find).map_err(|e| e.at(&name))?;
         drop(bytes);
         let tree = Tree::new(nodes, root);
+        // Once for the limits, which a hostile file passes after a million tensors, and once to keep them.
+        tree.walk(|_, _| Ok(())).map_err(|e| e.at(&name))?;
         let mut tensors = Vec::new();
         let walked = tree.walk(|path, value| {
             if let Value::Tensor(tensor) = value {

@@ -281,31 +281,20 @@ struct Machine<'a> {
 impl<'a> Machine<'a> {
     /// Carries out one opcode. The result is the root's number after STOP.
     fn step(&mut self) -> Result<Option<Id>> {
-        let start = self.bytes.at();
-        let opcode = self.operand::<1>("the pickle")?[0];
-        match (start, opcode) {
-            (0, 0x80) => {
+        let [opcode] = self.operand("the pickle")?;
+        match opcode {
+            0x80 => {
                 let [version] = self.operand("PROTO")?;
                 if !(2..=5).contains(&version) {
                     return Err(Error::unsupported(format!("pickle protocol {version}; protocols 2 to 5 are read")));
                 }
-                return Ok(None);
             }
-            (0, _) => {
-                return Err(Error::unsupported(format!(
-                    "a pickle of protocol 2 to 5 begins with 80, not {opcode:02x}"
-                )));
-            }
-            _ => {}
-        }
-        match opcode {
+            // As in Python, the top of the stack is the result, whatever lies below.
             b'.' => {
                 let root = self.pop()?;
-                let (marks, below, after) = (self.marks.len(), self.stack.len(), self.bytes.left());
-                if (marks, below, after) != (0, 0, 0) {
-                    return Err(Error::format(format!(
-                        "STOP leaves {below} values and {marks} marks on the stack and {after} bytes unread"
-                    )));
+                let left = self.bytes.left();
+                if left > 0 {
+                    return Err(Error::format(format!("STOP, and {left} bytes after it")));
                 }
                 return Ok(Some(root));
             }
@@ -491,7 +480,11 @@ impl<'a> Machine<'a> {
                     return Err(self.unfit("BUILD of an OrderedDict", "a dict of attributes", state));
                 }
             }
-            0x80 => return Err(Error::format("PROTO in the middle of a pickle")),
+            b'i' => {
+                let module = self.bytes.line().map(String::from_utf8_lossy).unwrap_or_default();
+                let name = self.bytes.line().map(String::from_utf8_lossy).unwrap_or_default();
+                return Err(Error::unsupported(format!("INST, a call of '{module}.{name}', is not allowed")));
+            }
             _ => return Err(Error::unsupported(format!("opcode {opcode:02x}{} is not allowed", known_opcode(opcode)))),
         }
         Ok(None)
@@ -953,7 +946,6 @@ fn known_opcode(opcode: u8) -> &'static str {
     match opcode {
         0x82..=0x84 => " (EXT, the registry of extensions)",
         0x97 | 0x98 => " (out-of-band buffers)",
-        b'i' => " (INST, a call)",
         b'o' => " (OBJ, a call)",
         b'P' => " (PERSID, of protocol 0)",
         b'I' | b'L' | b'F' | b'S' | b'V' | b'g' | b'p' | b'd' | b'l' => " (of protocol 0 or 1)",

@@ -11,8 +11,11 @@ pub(crate) type Id = u32;
 const MAX_DEPTH: usize = 1000;
 /// A walk over all values, counting one as often as it is referred to, may visit this many ...
 const MAX_VISITS: usize = 1 << 22;
-/// ... and the paths to the leaves may hold this many bytes of keys and positions.
-const MAX_PATH_BYTES: usize = 64 << 20;
+/// ... and tensors with their paths, and plain values with theirs, may take this many bytes each.
+const MAX_WALK_BYTES: usize = 64 << 20;
+/// What a step of a path takes beside the text of its key: in memory, and written down.
+const STEP_BYTES: usize = 32;
+const STEP_TEXT: usize = 8;
 
 /// One value; containers hold the numbers of others.
 #[derive(Debug)]
@@ -433,12 +436,12 @@ impl Tree {
             id: Id,
             next: usize,
             in_set: bool,
-            /// Bytes of the path up to here.
-            path_bytes: usize,
+            /// Steps of the path up to here, and bytes of their keys.
+            cost: (usize, usize),
         }
         let mut path: Vec<PathPart> = Vec::new();
         let mut frames: Vec<Frame> = Vec::new();
-        let (mut visits, mut path_bytes) = (0usize, 0usize);
+        let (mut visits, mut tensor_bytes, mut plain_bytes) = (0usize, 0usize, 0usize);
         // A value to look at, and whether it lies in a set.
         let mut next = Some((self.root, false));
         loop {
@@ -449,23 +452,30 @@ impl Tree {
                         "a walk over all values would visit more than {MAX_VISITS} (references to one value count each time)"
                     )));
                 }
-                let above = frames.last().map_or(0, |f| f.path_bytes);
-                let part = match path.last() {
-                    Some(PathPart::Key(key)) if !frames.is_empty() => key.len().saturating_add(8),
-                    _ => 8,
+                let (steps, text) = frames.last().map_or((0, 0), |f| f.cost);
+                let key_bytes = match path.last() {
+                    Some(PathPart::Key(key)) => key.len(),
+                    _ => 0,
                 };
-                let here = above.saturating_add(part);
+                let (steps, text) = (steps.saturating_add(1), text.saturating_add(key_bytes));
                 match self.nodes.get(id) {
                     Some(Node::Tuple(_) | Node::List(_) | Node::Dict(..) | Node::Set(..)) => {
                         if frames.len() >= MAX_DEPTH {
                             return Err(Error::format(format!("values nest deeper than {MAX_DEPTH}")));
                         }
                         let in_set = in_set || matches!(self.nodes.get(id), Some(Node::Set(..)));
-                        frames.push(Frame { id, next: 0, in_set, path_bytes: here });
+                        frames.push(Frame { id, next: 0, in_set, cost: (steps, text) });
                         continue;
                     }
                     Some(Node::Tensor(_)) if in_set => {
                         return Err(Error::unsupported("a tensor in a set, where it has no place to be found by"));
+                    }
+                    Some(Node::Tensor(tensor)) => {
+                        let dims = tensor.shape.len().saturating_mul(2);
+                        let own = dims.saturating_add(steps).saturating_mul(STEP_BYTES).saturating_add(text);
+                        tensor_bytes = tensor_bytes.saturating_add(own);
+                        spend(tensor_bytes)?;
+                        visit(&path, Value::Tensor(tensor))?;
                     }
                     node => {
                         let own = match node {
@@ -474,12 +484,9 @@ impl Tree {
                             Some(Node::Big(bytes)) => bytes.len().saturating_mul(bytes.len()),
                             _ => 0,
                         };
-                        path_bytes = path_bytes.saturating_add(here).saturating_add(own);
-                        if path_bytes > MAX_PATH_BYTES {
-                            return Err(Error::format(format!(
-                                "the values and their paths take more than {MAX_PATH_BYTES} bytes"
-                            )));
-                        }
+                        let own = steps.saturating_mul(STEP_TEXT).saturating_add(text).saturating_add(own);
+                        plain_bytes = plain_bytes.saturating_add(own);
+                        spend(plain_bytes)?;
                         if !in_set {
                             visit(&path, self.nodes.value(id))?;
                         }
@@ -508,6 +515,15 @@ impl Tree {
                 }
             }
         }
+    }
+}
+
+fn spend(bytes: usize) -> Result<()> {
+    match bytes > MAX_WALK_BYTES {
+        true => Err(Error::format(format!(
+            "all values and the paths to them take more than {MAX_WALK_BYTES} bytes (references to one value count each time)"
+        ))),
+        false => Ok(()),
     }
 }
 
