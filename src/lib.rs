@@ -27,7 +27,8 @@
 //!
 //! | feature | brings |
 //! | --- | --- |
-//! | `cli` (default) | the program `crosscoder` |
+//! | `cli` (default) | the program `crosscoder`, with `hub` |
+//! | `hub` | downloads from the Hugging Face hub, [`ureq`](https://docs.rs/ureq) and TLS |
 //!
 //! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they need.
 

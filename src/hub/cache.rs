@@ -79,33 +79,34 @@ impl Repository {
 
     /// Makes the folders and takes the lock of a blob; `waiting` is called if another process holds it.
     ///
-    /// `None` on file systems that have no locks. The lock file stays: removing it would let two processes lock two
-    /// different files of one name.
+    /// `None` where there are no locks (some network file systems): they spare transfers, while the bytes are right by
+    /// their hash. The lock file stays: removing it would let two processes lock two different files of one name.
     pub(super) fn lock(&self, etag: &Etag, waiting: impl FnOnce()) -> Result<Option<File>> {
         // snapshots/ too: a repository without it counts as damaged.
         for folder in [&self.locks, &self.blobs(), &self.folder.join("snapshots")] {
             fs::create_dir_all(folder).map_err(|e| Error::io("cannot make the folder", e).in_file(folder))?;
         }
         let path = self.locks.join(format!("{}.lock", etag.name()));
-        let failed = |e| Error::io("cannot lock", e).in_file(&path);
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(failed)?;
-        let taken = match file.try_lock() {
-            Ok(()) => Ok(()),
-            Err(fs::TryLockError::Error(error)) => Err(error),
-            Err(fs::TryLockError::WouldBlock) => {
-                waiting();
-                loop {
-                    match file.lock() {
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        result => break result,
-                    }
-                }
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(|e| Error::io("cannot open the lock", e).in_file(&path))?;
+        let is_held = loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Some(file)),
+                Err(fs::TryLockError::WouldBlock) => break true,
+                Err(fs::TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(fs::TryLockError::Error(_)) => break false,
             }
         };
-        match taken {
-            Ok(()) => Ok(Some(file)),
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(None),
-            Err(error) => Err(failed(error)),
+        if !is_held {
+            return Ok(None);
+        }
+        waiting();
+        loop {
+            match file.lock() {
+                Ok(()) => return Ok(Some(file)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Ok(None),
+            }
         }
     }
 

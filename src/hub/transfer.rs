@@ -131,10 +131,7 @@ impl<'a> Partial<'a> {
 
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).map_err(|e| {
-            let what = format!(
-                "cannot write past byte {} of {}, which the next run goes on from",
-                self.done, self.described.size
-            );
+            let what = format!("cannot write {} bytes; {} are there for the next run", self.described.size, self.done);
             // A write may have been cut short: what counts is what was hashed.
             let _ = self.file.set_len(self.done);
             Error::io(what, e).in_file(&self.path)
@@ -210,7 +207,8 @@ impl<'a> Partial<'a> {
         let content = client.open(&self.described.url, self.done)?;
         match content.first {
             // The server ignores ranges.
-            None => self.reset()?,
+            None if self.done > 0 => self.reset()?,
+            None => {}
             Some(first) if first != self.done || content.gzip => {
                 let what = format!("asked for byte {} and after, got byte {first} and after", self.done);
                 return Err(Failure::new(Class::Restart, what));
