@@ -54,6 +54,12 @@ pub(crate) fn model_name(m: usize, n_models: usize) -> String {
 
 /// The terms of the loss on a tape, and what the log shows.
 pub(crate) struct Losses {
+    /// [batch, n_models · d_in], in the dtype.
+    pub(crate) x: Var,
+    /// [batch, d_hidden]
+    pub(crate) acts: Var,
+    /// [batch, n_models · d_in]
+    pub(crate) x_reconstruct: Var,
     pub(crate) l2: Var,
     pub(crate) l1: Var,
     pub(crate) output: LossOutput,
@@ -282,7 +288,7 @@ impl<B: Backend> CrossCoder<B> {
         let total_decoder_norm = tape.total_decoder_norm(&self.params, self.n_models)?;
         let l1 = tape.weighted_l1(acts, total_decoder_norm)?;
 
-        let (rec, x) = (tape.matrix(x_reconstruct), tape.matrix(x));
+        let (x_var, rec, x) = (x, tape.matrix(x_reconstruct), tape.matrix(x));
         let mut x_mean = B::Matrix::default();
         be.column_means(x, &mut x_mean)?;
         let l2_per_row = be.squared_distances(rec, x, 0..width, Precision::F32)?;
@@ -307,7 +313,7 @@ impl<B: Backend> CrossCoder<B> {
             explained_variance,
             explained_variance_per_model,
         };
-        Ok(Losses { l2, l1, output })
+        Ok(Losses { x: x_var, acts, x_reconstruct, l2, l1, output })
     }
 
     /// The parameters as tensors on the host, in the dtype and the original's shapes and strides: a copy.

@@ -32,6 +32,7 @@
 //!
 //! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they need.
 
+pub mod analysis;
 pub mod atomic;
 pub mod autodiff;
 pub mod backend;
@@ -51,6 +52,7 @@ mod magic;
 pub mod npy;
 pub mod pt;
 mod raw;
+pub mod report;
 pub mod rng;
 pub mod safetensors;
 pub mod sparse;

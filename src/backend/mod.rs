@@ -84,6 +84,17 @@ pub trait Shaped {
     fn shape(&self) -> (usize, usize);
 }
 
+/// Latents on the host, without the zeros: row `b` has the entries `starts[b]..starts[b + 1]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Support<S> {
+    /// [rows + 1]
+    pub starts: Vec<usize>,
+    /// The latent of each entry, ascending in a row.
+    pub columns: Vec<u32>,
+    /// The value of each entry.
+    pub values: Vec<S>,
+}
+
 /// Whether an operation replaces its output or adds to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
@@ -143,6 +154,24 @@ pub trait Backend: Clone + Send + Sync {
 
     /// Latents as a dense [batch, d_hidden].
     fn to_dense(&self, latents: &Self::Latents, out: &mut Self::Matrix) -> Result<()>;
+
+    /// The support of latents on the host: everything but zeros, nan included. Sparse backends need no dense copy.
+    fn support(&self, latents: &Self::Latents) -> Result<Support<Self::Scalar>> {
+        let (rows, cols) = latents.shape();
+        let mut dense = Self::Matrix::default();
+        self.to_dense(latents, &mut dense)?;
+        let mut out = Support { starts: vec![0], ..Support::default() };
+        let mut row = vec![Self::Scalar::default(); cols];
+        for b in 0..rows {
+            self.download(&dense, b * cols, &mut row)?;
+            for (h, &v) in row.iter().enumerate().filter(|(_, v)| **v != Self::Scalar::default()) {
+                out.columns.push(h as u32);
+                out.values.push(v);
+            }
+            out.starts.push(out.columns.len());
+        }
+        Ok(out)
+    }
 
     /// `out = r(r(acts · w) + b)`. acts [batch, d_hidden], w [d_hidden, width], b [1, width] → [batch, width].
     fn decode(&self, acts: &Self::Latents, w: &Self::Matrix, b: &Self::Matrix, out: &mut Self::Matrix) -> Result<()>;

@@ -7,7 +7,7 @@ mod threads;
 
 pub use matrix::{Latents, Matrix};
 
-use super::{AdamStep, Backend, Precision, Scalar, Shaped, Write};
+use super::{AdamStep, Backend, Precision, Scalar, Shaped, Support, Write};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::sparse::Path;
@@ -243,6 +243,15 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn to_dense(&self, latents: &Latents<T>, out: &mut Matrix<T>) -> Result<()> {
         out.overwrite(latents.rows, latents.cols).copy_from_slice(&self.dense(latents));
         Ok(())
+    }
+
+    fn support(&self, latents: &Latents<T>) -> Result<Support<T>> {
+        let mut sparse = Latents::default();
+        if !latents.sparse {
+            sparse.set_sparse(latents.rows, latents.cols, &latents.values);
+        }
+        let of = if latents.sparse { latents } else { &sparse };
+        Ok(Support { starts: of.starts.clone(), columns: of.columns.clone(), values: of.values.clone() })
     }
 
     fn decode(&self, acts: &Latents<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
