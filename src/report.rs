@@ -1,1 +1,321 @@
-//! One self-contained HTML page from plain numbers.
+//! The model diff of a crosscoder as one HTML page, as JSON, as CSV and as charts, from the numbers of [`crate::analysis`].
+//!
+//! The page is one file: no network, no library, charts as inline SVG. Its table of latents is drawn by a script of its own
+//! from a compact block of data (numbers with 16 significant bits, three bytes each); JSON and CSV have them in full. Names that
+//! come from a cfg or the command line are escaped wherever they stand. The same input gives the same bytes.
+
+mod figures;
+mod page;
+mod svg;
+mod training;
+
+pub use figures::Figure;
+pub use training::TrainingLog;
+
+use crate::analysis::{ActivationStats, DecoderNorms, Group, LatentScaling, Thresholds, finite};
+use crate::backend::Backend;
+use crate::config::Config;
+use crate::crosscoder::{CrossCoder, model_name};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use svg::put;
+
+/// Everything a report shows.
+#[derive(Clone, Debug)]
+pub struct Report {
+    source: String,
+    activations_source: String,
+    names: Vec<String>,
+    cfg: Config,
+    dtype: Dtype,
+    d_in: usize,
+    thresholds: Thresholds,
+    norms: DecoderNorms,
+    activations: Option<ActivationStats>,
+    training: Option<TrainingLog>,
+}
+
+impl Report {
+    /// What the weights alone tell. `norms` are the crosscoder's.
+    ///
+    /// Models are called by the list of strings in the cfg's `model_names`, if it has one of the right length; otherwise A
+    /// and B, or by their numbers.
+    pub fn new<B: Backend>(crosscoder: &CrossCoder<B>, norms: DecoderNorms) -> Self {
+        let n = crosscoder.n_models();
+        let cfg = crosscoder.cfg().clone();
+        let from_cfg = cfg.get("model_names").and_then(Value::as_array).map(|names| {
+            names.iter().filter_map(Value::as_str).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+        });
+        let names = from_cfg
+            .filter(|names: &Vec<String>| names.len() == n)
+            .unwrap_or_else(|| (0..n).map(|m| format!("model {}", model_name(m, n))).collect());
+        Report {
+            source: String::new(),
+            activations_source: String::new(),
+            names,
+            cfg,
+            dtype: crosscoder.dtype(),
+            d_in: crosscoder.d_in(),
+            thresholds: Thresholds::default(),
+            norms,
+            activations: None,
+            training: None,
+        }
+    }
+
+    /// Says where the weights come from: a path or an address, shown as it is.
+    pub fn with_source(self, source: impl Into<String>) -> Self {
+        Report { source: source.into(), ..self }
+    }
+
+    /// Names the models.
+    ///
+    /// # Errors
+    /// Another number of names than of models.
+    pub fn with_names(self, names: Vec<String>) -> Result<Self> {
+        let n = self.norms.n_models();
+        if names.len() != n {
+            return Err(Error::usage(format!("the crosscoder reads {n} models, found {} names", names.len())));
+        }
+        Ok(Report { names, ..self })
+    }
+
+    /// Parts the groups elsewhere than at 0.3 and 0.7.
+    pub fn with_thresholds(self, thresholds: Thresholds) -> Self {
+        Report { thresholds, ..self }
+    }
+
+    /// Adds what activations tell, and where they come from.
+    pub fn with_activations(self, stats: ActivationStats, source: impl Into<String>) -> Self {
+        Report { activations: Some(stats), activations_source: source.into(), ..self }
+    }
+
+    /// Adds the curves of the training run.
+    pub fn with_training(self, log: TrainingLog) -> Self {
+        Report { training: (!log.steps.is_empty()).then_some(log), ..self }
+    }
+
+    /// The page.
+    pub fn to_html(&self) -> String {
+        page::html(self)
+    }
+
+    /// The charts, in the order of the page.
+    pub fn figures(&self) -> Vec<Figure> {
+        figures::all(self)
+    }
+
+    fn letter(&self, m: usize) -> String {
+        model_name(m, self.norms.n_models())
+    }
+
+    fn is_pair(&self) -> bool {
+        self.norms.n_models() == 2
+    }
+
+    fn latents(&self) -> std::ops::Range<usize> {
+        0..self.norms.d_hidden()
+    }
+
+    fn group(&self, h: usize) -> Option<Group> {
+        self.norms.group(h, &self.thresholds)
+    }
+
+    /// A only, shared, B only, without a direction.
+    fn group_sizes(&self) -> [u64; 4] {
+        let mut sizes = [0; 4];
+        self.latents().for_each(|h| sizes[group_index(self.group(h))] += 1);
+        sizes
+    }
+
+    /// All numbers as one JSON object. What is undefined is null. Per-latent numbers are lists, one entry a latent.
+    pub fn to_json(&self) -> String {
+        let mut top = Map::new();
+        let mut add = |key: &str, value: Value| {
+            top.insert(key.to_owned(), value);
+        };
+        add("crosscoder_version", env!("CARGO_PKG_VERSION").into());
+        add("checkpoint", self.source.as_str().into());
+        add("models", self.names.clone().into());
+        add("n_models", self.norms.n_models().into());
+        add("d_in", self.d_in.into());
+        add("dict_size", self.norms.d_hidden().into());
+        add("dtype", self.dtype.to_string().into());
+        if self.is_pair() {
+            let sizes = self.group_sizes();
+            add("thresholds", json!([self.thresholds.low(), self.thresholds.high()]));
+            add(
+                "groups",
+                json!({"A only": sizes[0], "shared": sizes[1], "B only": sizes[2], "no direction": sizes[3]}),
+            );
+        }
+        if let Some(stats) = &self.activations {
+            add("activations", self.activations_json(stats));
+        }
+        if let Some(log) = &self.training {
+            let mut curves = Map::from_iter([("step".to_owned(), numbers(log.steps.iter().copied()))]);
+            let named = log.curves.iter().map(|(name, values)| (name.clone(), numbers(values.iter().copied())));
+            curves.extend(named);
+            add("training", curves.into());
+        }
+        let histograms = self.figures().into_iter().flat_map(|figure| {
+            figure.histograms.into_iter().map(|(name, h)| {
+                (name, json!({"low": h.low, "high": h.high, "counts": h.counts, "outside": h.outside}))
+            })
+        });
+        add("histograms", Map::from_iter(histograms).into());
+        let mut latents = Map::new();
+        for column in self.columns() {
+            latents.insert(column.key, Value::Array(column.values.into_iter().map(|cell| cell.json()).collect()));
+        }
+        add("latents", latents.into());
+        add("cfg", self.cfg.keys().clone().into());
+        let mut text = Value::from(top).to_string();
+        text.push('\n');
+        text
+    }
+
+    fn activations_json(&self, stats: &ActivationStats) -> Value {
+        let losses = stats.losses.iter().map(|(name, value)| (name.clone(), number(*value)));
+        json!({
+            "source": self.activations_source,
+            "rows": stats.rows,
+            "batches": stats.batches,
+            "losses": Map::from_iter(losses),
+            "explained_variance_of_all_rows": number(stats.explained_variance),
+            "explained_variance_of_all_rows_per_model": numbers(stats.explained_variance_per_model.iter().copied()),
+            "dead": stats.dead(),
+            "l0": stats.l0,
+        })
+    }
+
+    /// The numbers of all latents, a line each, under names as in the JSON; what is undefined is empty.
+    pub fn to_csv(&self) -> String {
+        let columns = self.columns();
+        let mut out = String::from("latent");
+        columns.iter().for_each(|column| put(&mut out, format_args!(",{}", column.key)));
+        out.push('\n');
+        for h in self.latents() {
+            put(&mut out, format_args!("{h}"));
+            for column in &columns {
+                out.push(',');
+                column.values[h].csv(&mut out);
+            }
+            out.push('\n');
+        }
+        out
+    }
+
+    /// All numbers of all latents, by name.
+    fn columns(&self) -> Vec<Column> {
+        let n = self.norms.n_models();
+        let mut columns = Vec::new();
+        let mut add = |key: String, f: &mut dyn FnMut(usize) -> Cell| {
+            columns.push(Column { key, values: self.latents().map(f).collect() });
+        };
+        if self.is_pair() {
+            add("group".into(), &mut |h| Cell::Name(group_name(self.group(h))));
+        }
+        for m in 0..n {
+            add(format!("decoder_norm_{}", self.letter(m)), &mut |h| Cell::number(self.norms.norms(h)[m]));
+        }
+        if self.is_pair() {
+            add("relative_decoder_norm".into(), &mut |h| Cell::Number(self.norms.relative_norm(h)));
+            add("cosine".into(), &mut |h| Cell::Number(self.norms.cosine(h)));
+        } else if n > 2 {
+            for m in 0..n {
+                add(format!("relative_decoder_norm_{m}"), &mut |h| Cell::Number(self.norms.relative(h, m)));
+            }
+        }
+        let Some(stats) = &self.activations else { return columns };
+        add("fired".into(), &mut |h| Cell::Count(stats.latents[h].fired));
+        add("density".into(), &mut |h| Cell::number(stats.density(h)));
+        add("mean_when_active".into(), &mut |h| Cell::Number(stats.latents[h].mean_when_active()));
+        add("max".into(), &mut |h| Cell::number(stats.latents[h].max));
+        let scaling: Vec<Option<LatentScaling>> = self.latents().map(|h| stats.scaling(&self.norms, h)).collect();
+        let of = |h: usize, f: &dyn Fn(&LatentScaling) -> Option<f64>| Cell::Number(scaling[h].as_ref().and_then(f));
+        for m in 0..n {
+            let letter = self.letter(m);
+            add(format!("beta_reconstruction_{letter}"), &mut |h| of(h, &|s| finite(s.beta_reconstruction[m])));
+            add(format!("beta_error_{letter}"), &mut |h| of(h, &|s| finite(s.beta_error[m])));
+        }
+        if self.is_pair() {
+            add("nu_reconstruction".into(), &mut |h| of(h, &LatentScaling::nu_reconstruction));
+            add("nu_error".into(), &mut |h| of(h, &LatentScaling::nu_error));
+        }
+        add("top_rows".into(), &mut |h| Cell::Rows(stats.latents[h].top.iter().map(|t| t.row).collect()));
+        add("top_activations".into(), &mut |h| Cell::Numbers(stats.latents[h].top.iter().map(|t| t.act).collect()));
+        columns
+    }
+}
+
+/// The numbers of all latents under one name.
+struct Column {
+    key: String,
+    values: Vec<Cell>,
+}
+
+enum Cell {
+    Name(&'static str),
+    Count(u64),
+    Number(Option<f64>),
+    Rows(Vec<u64>),
+    Numbers(Vec<f64>),
+}
+
+impl Cell {
+    fn number(v: f64) -> Self {
+        Cell::Number(finite(v))
+    }
+
+    fn json(self) -> Value {
+        match self {
+            Cell::Name(name) => name.into(),
+            Cell::Count(n) => n.into(),
+            Cell::Number(v) => v.into(),
+            Cell::Rows(rows) => rows.into(),
+            Cell::Numbers(values) => numbers(values),
+        }
+    }
+
+    /// Lists are separated by spaces.
+    fn csv(&self, out: &mut String) {
+        let list = |out: &mut String, texts: &mut dyn Iterator<Item = String>| {
+            for (i, text) in texts.enumerate() {
+                out.push_str(if i > 0 { " " } else { "" });
+                out.push_str(&text);
+            }
+        };
+        match self {
+            Cell::Name(name) => out.push_str(name),
+            Cell::Count(n) => put(out, format_args!("{n}")),
+            Cell::Number(None) => {}
+            Cell::Number(Some(v)) => put(out, format_args!("{v:?}")),
+            Cell::Rows(rows) => list(out, &mut rows.iter().map(u64::to_string)),
+            Cell::Numbers(values) => list(out, &mut values.iter().map(|v| format!("{v:?}"))),
+        }
+    }
+}
+
+/// 0, 1, 2 for A only, shared, B only; 3 for a latent whose decoder vectors are zero or not finite.
+fn group_index(group: Option<Group>) -> usize {
+    match group {
+        Some(Group::AOnly) => 0,
+        Some(Group::Shared) => 1,
+        Some(Group::BOnly) => 2,
+        None => 3,
+    }
+}
+
+fn group_name(group: Option<Group>) -> &'static str {
+    ["A only", "shared", "B only", "no direction"][group_index(group)]
+}
+
+fn number(v: f64) -> Value {
+    finite(v).into()
+}
+
+fn numbers(values: impl IntoIterator<Item = f64>) -> Value {
+    values.into_iter().map(number).collect::<Vec<_>>().into()
+}

@@ -1,0 +1,94 @@
+//! The log of a training run: `metrics.jsonl`, one JSON object per logged step.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+
+/// Curves over the steps of a run, by the names that the original logs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TrainingLog {
+    /// The steps that were logged, ascending.
+    pub steps: Vec<f64>,
+    /// Name and values, in the order in which names first appear; nan where a step did not log the name.
+    pub curves: Vec<(String, Vec<f64>)>,
+}
+
+impl TrainingLog {
+    /// Reads `metrics.jsonl`: objects with the key `step` and any numbers. A step that does not lie above the ones before
+    /// it replaces them (a run that was resumed from an older checkpoint). A last line without a newline that is no JSON is
+    /// left out (a run that was cut off).
+    ///
+    /// # Errors
+    /// A line that is no object, or has no step.
+    pub fn from_jsonl(text: &str) -> Result<Self> {
+        let mut log = TrainingLog::default();
+        for (i, line) in text.split_inclusive('\n').enumerate() {
+            if line.trim().is_empty() {
+                continue;
+            }
+            let at = |e: Error| e.at(format!("line {}", i + 1));
+            let row: Map<String, Value> = match serde_json::from_str(line) {
+                Ok(row) => row,
+                Err(_) if !line.ends_with('\n') => break,
+                Err(e) => return Err(at(Error::format("a logged step must be a JSON object").with_source(e))),
+            };
+            let step = row.get("step").and_then(Value::as_f64);
+            let step = step.ok_or_else(|| at(Error::format("a logged step needs the number \"step\"")))?;
+            log.truncate(log.steps.partition_point(|&s| s < step));
+            for (key, value) in row.iter().filter(|(key, _)| *key != "step") {
+                let Some(value) = value.as_f64() else { continue };
+                let curve = match log.curves.iter().position(|(name, _)| name == key) {
+                    Some(curve) => curve,
+                    None => {
+                        log.curves.push((key.clone(), vec![f64::NAN; log.steps.len()]));
+                        log.curves.len() - 1
+                    }
+                };
+                log.curves[curve].1.push(value);
+            }
+            log.steps.push(step);
+            log.curves.iter_mut().for_each(|(_, values)| values.resize(log.steps.len(), f64::NAN));
+        }
+        Ok(log)
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.steps.truncate(len);
+        self.curves.iter_mut().for_each(|(_, values)| values.truncate(len));
+    }
+
+    /// The values of a name.
+    pub fn curve(&self, name: &str) -> Option<&[f64]> {
+        self.curves.iter().find(|(key, _)| key == name).map(|(_, values)| values.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_run_replaces_its_steps_and_a_cut_off_line_is_left_out() {
+        let text = concat!(
+            "{\"step\": 0, \"loss\": 3.0}\n\n{\"step\": 100, \"loss\": 2.5, \"note\": \"x\"}\n{\"step\": 200, \"loss\": 9}\n",
+            "{\"step\": 100, \"loss\": 2.0, \"lr\": null}\n{\"step\": 300, \"lr\": 1e-3}\n{\"step\": 400, \"lo"
+        );
+        let log = TrainingLog::from_jsonl(text).unwrap();
+        assert_eq!(log.steps, [0.0, 100.0, 300.0]);
+        assert_eq!(log.curve("loss").unwrap()[..2], [3.0, 2.0]);
+        assert!(log.curve("loss").unwrap()[2].is_nan());
+        assert_eq!(log.curve("lr").unwrap()[2], 1e-3);
+        assert_eq!(log.curve("note"), None);
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        for text in [
+            "{\"step\": 1}\n{\"step\": NaN}\n{\"step\": 2}\n",
+            "{\"step\": 1}\n{\"loss\": 1}\n",
+            "{\"step\": 1}\n[1]\n",
+        ] {
+            assert!(TrainingLog::from_jsonl(text).unwrap_err().to_string().starts_with("line 2: "));
+        }
+        assert_eq!(TrainingLog::from_jsonl("").unwrap(), TrainingLog::default());
+    }
+}
