@@ -170,7 +170,7 @@ impl DecoderNorms {
     /// 0 where only A has the latent, 1 where only B has it. Original: `relative_norms`.
     pub fn relative(&self, h: usize, m: usize) -> Option<f64> {
         let norms = self.norms(h);
-        finite(norms[m] / norms.iter().sum::<f64>())
+        finite(norms.iter().sum()).and_then(|sum| finite(norms[m] / sum))
     }
 
     /// Of two models the relative decoder norm `‖W_dec[h,1]‖ / (‖W_dec[h,0]‖ + ‖W_dec[h,1]‖)`; none for any other number.

@@ -319,3 +319,183 @@ fn number(v: f64) -> Value {
 fn numbers(values: impl IntoIterator<Item = f64>) -> Value {
     values.into_iter().map(number).collect::<Vec<_>>().into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::analysis::ActivationPass;
+    use crate::autodiff::Parameters;
+    use crate::backend::Cpu;
+    use crate::tensor::{Tensor, Values};
+
+    const HOSTILE: &str = "</script><script>alert(1)</script><!-- & \"q\" 'a' \u{0}";
+
+    /// `n_models` with d_in 2; latent 0 is zero everywhere, latent 1 is in the last model alone and latent 2 never fires.
+    fn crosscoder(n_models: usize) -> CrossCoder {
+        let d_hidden = 5;
+        let tensor = |shape: &[usize], values: Vec<f32>| Tensor::new(shape.to_vec(), Values::F32(values)).unwrap();
+        let counting = |n: usize| (0..n).map(|i| (i * 7 % 11) as f32 / 4.0 - 1.0).collect::<Vec<_>>();
+        let mut w_dec = counting(d_hidden * n_models * 2);
+        w_dec[..n_models * 2].fill(0.0);
+        w_dec[n_models * 2..(2 * n_models - 1) * 2].fill(0.0);
+        let weights = Parameters {
+            w_enc: tensor(&[n_models, 2, d_hidden], counting(n_models * 2 * d_hidden)),
+            w_dec: tensor(&[d_hidden, n_models, 2], w_dec),
+            b_enc: tensor(&[d_hidden], vec![0.5, 0.5, -99.0, 0.5, 0.5]),
+            b_dec: tensor(&[n_models, 2], vec![0.1; n_models * 2]),
+        };
+        let mut cfg = Config::default();
+        cfg.set("d_in", 2);
+        cfg.set("dict_size", d_hidden);
+        cfg.set(HOSTILE, HOSTILE);
+        CrossCoder::from_tensors(Cpu::new(Dtype::F32), cfg, weights).unwrap()
+    }
+
+    fn report(n_models: usize) -> Report {
+        let crosscoder = crosscoder(n_models);
+        let norms = DecoderNorms::of(&crosscoder).unwrap();
+        let mut pass = ActivationPass::new(&crosscoder, &norms, 2);
+        let x: Vec<f32> = (0..6 * n_models * 2).map(|i| (i * 5 % 13) as f32 / 3.0 - 2.0).collect();
+        x.chunks(4 * n_models * 2).for_each(|batch| pass.add(batch).unwrap());
+        let stats = pass.finish().unwrap();
+        let log = "{\"step\": 0, \"loss\": 100.0, \"<i>\": 1}\n{\"step\": 100, \"loss\": 1.5, \"<i>\": 2}\n";
+        Report::new(&crosscoder, norms)
+            .with_source(HOSTILE)
+            .with_names(vec![HOSTILE.to_owned(); n_models])
+            .unwrap()
+            .with_activations(stats, HOSTILE)
+            .with_training(TrainingLog::from_jsonl(log).unwrap())
+    }
+
+    #[test]
+    fn the_page_is_one_file_and_foreign_text_stays_text() {
+        for n_models in 1..4 {
+            let html = report(n_models).to_html();
+            assert_eq!(html.matches("<script").count(), 2, "the data and ours");
+            assert_eq!(html.matches("</script>").count(), 2);
+            for element in ["alert(1)</script", "<i>", "<!--", "\0"] {
+                assert!(!html.contains(element), "{element}");
+            }
+            let addresses = html.replace("http://www.w3.org/2000/svg", "");
+            for address in ["http://", "https://", " src=", "@import", "url(", "href="] {
+                assert!(!addresses.contains(address), "{address} would load something");
+            }
+            for text in [">NaN", " nan", "NaN<", ">inf", "∞"] {
+                let (content, _) = html.split_once("<script>").unwrap();
+                assert!(!content.contains(text), "{text} with {n_models} models");
+            }
+            assert_eq!(html, report(n_models).to_html(), "the same bytes every time");
+        }
+    }
+
+    #[test]
+    fn json_and_csv_have_the_same_numbers() {
+        let report = report(2);
+        let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+        let csv = report.to_csv();
+        let mut lines = csv.lines().map(|line| line.split(',').collect::<Vec<_>>());
+        let header = lines.next().unwrap();
+        let lines: Vec<_> = lines.collect();
+        assert_eq!(lines.len(), 5);
+        let latents = json["latents"].as_object().unwrap();
+        assert_eq!(header[1..], latents.keys().map(String::as_str).collect::<Vec<_>>());
+        for (h, line) in lines.iter().enumerate() {
+            assert_eq!(line.len(), header.len());
+            assert_eq!(line[0], h.to_string());
+            for (key, text) in header.iter().zip(line).skip(1) {
+                match &latents[*key][h] {
+                    Value::Null => assert_eq!(*text, ""),
+                    Value::String(name) => assert_eq!(text, name),
+                    Value::Array(list) => {
+                        let list: Vec<f64> = list.iter().map(|v| v.as_f64().unwrap()).collect();
+                        let texts: Vec<f64> = text.split_whitespace().map(|v| v.parse().unwrap()).collect();
+                        assert!(
+                            texts.len() == list.len()
+                                && texts.iter().zip(&list).all(|(a, b)| (a - b).abs() <= 1e-15 * b.abs())
+                        );
+                    }
+                    number => {
+                        // serde_json reads floats to the last bit but one; it writes them exactly.
+                        let (a, b) = (text.parse::<f64>().unwrap(), number.as_f64().unwrap());
+                        assert!((a - b).abs() <= 1e-15 * b.abs(), "{key}: {a} {b}");
+                    }
+                }
+            }
+        }
+        assert_eq!(json["groups"]["no direction"], 1);
+        assert_eq!(json["activations"]["rows"], 6);
+        assert_eq!(json["training"]["loss"], json!([100.0, 1.5]));
+        assert_eq!(json["latents"]["relative_decoder_norm"][1], json!(1.0));
+        assert_eq!(json["latents"]["cosine"][1], Value::Null);
+        assert_eq!(json["latents"]["mean_when_active"][2], Value::Null);
+    }
+
+    #[test]
+    fn histograms_count_every_latent_once() {
+        let report = report(2);
+        let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+        let total = |name: &str| -> u64 {
+            let h = &json["histograms"][name];
+            let counts: u64 = h["counts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
+            counts + h["outside"].as_u64().unwrap()
+        };
+        assert_eq!(total("relative_decoder_norm"), 4, "all but the one without a direction");
+        assert_eq!(total("decoder_norm_A"), 5);
+        assert_eq!(total("l0"), 6);
+        assert_eq!(total("log10_density"), 5 - report.activations.as_ref().unwrap().dead());
+        assert_eq!(total("cosine_of_shared"), report.group_sizes()[1]);
+    }
+
+    #[test]
+    fn other_numbers_of_models_have_norms_and_no_groups() {
+        let of = |n_models: usize| report(n_models).figures().into_iter().map(|f| f.name).collect::<Vec<_>>();
+        assert_eq!(of(1), ["decoder_norm", "density", "l0", "training_loss", "training__i_"]);
+        assert_eq!(of(3)[..2], ["decoder_norm", "relative_decoder_norm"]);
+        let json: Value = serde_json::from_str(&report(3).to_json()).unwrap();
+        assert!(json.get("groups").is_none() && json["latents"].get("group").is_none());
+        assert_eq!(json["latents"]["relative_decoder_norm_2"][1], json!(1.0));
+    }
+
+    #[test]
+    fn charts_stand_alone() {
+        for figure in report(2).figures() {
+            let svg = figure.to_svg();
+            assert!(svg.starts_with("<svg xmlns=") && svg.contains("<style>") && svg.ends_with("</svg>"));
+            assert!(!svg.contains("NaN") && !svg.contains("inf\""), "{}", figure.name);
+        }
+    }
+
+    #[test]
+    fn names_come_from_the_cfg_or_the_caller() {
+        let mut crosscoder = crosscoder(2);
+        let norms = DecoderNorms::of(&crosscoder).unwrap();
+        assert_eq!(Report::new(&crosscoder, norms.clone()).names, ["model A", "model B"]);
+        crosscoder.cfg_mut().set("model_names", vec!["base", "chat"]);
+        assert_eq!(Report::new(&crosscoder, norms.clone()).names, ["base", "chat"]);
+        assert!(Report::new(&crosscoder, norms.clone()).with_names(vec!["one".into()]).is_err());
+        crosscoder.cfg_mut().set("model_names", vec!["base"]);
+        assert_eq!(Report::new(&crosscoder, norms).names, ["model A", "model B"]);
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_are_undefined_not_nan() {
+        let crosscoder = crosscoder(2);
+        let mut weights = crosscoder.to_tensors().unwrap();
+        let mut values = weights.w_dec.to_f64_vec().iter().map(|&v| v as f32).collect::<Vec<_>>();
+        values[8] = f32::NAN;
+        values[12] = f32::INFINITY;
+        weights.w_dec = Tensor::new(vec![5, 2, 2], Values::F32(values)).unwrap();
+        let backend = crosscoder.backend().clone();
+        let crosscoder: CrossCoder = CrossCoder::from_tensors(backend, crosscoder.cfg().clone(), weights).unwrap();
+        let norms = DecoderNorms::of(&crosscoder).unwrap();
+        let mut pass = ActivationPass::new(&crosscoder, &norms, 2);
+        pass.add(&[1.0; 8]).unwrap();
+        let stats = pass.finish().unwrap();
+        let report = Report::new(&crosscoder, norms).with_activations(stats, "");
+        let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+        assert_eq!(json["latents"]["decoder_norm_A"][2], Value::Null);
+        assert_eq!(json["groups"]["no direction"], 3);
+        let html = report.to_html();
+        assert!(!html.split_once("<script>").unwrap().0.contains("NaN"));
+    }
+}

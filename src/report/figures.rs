@@ -379,6 +379,7 @@ fn curve_figure(
         let step = nice_ceil((high - low) / 4.0);
         Axis::linear(label, low, low + (step * ((high - low) / step).ceil()).max(step), 4)
     };
+    let clipped = key.starts_with("explained_variance") && low < -1.0;
     let class = |i: usize| if curves.len() > 1 { ["c2", "c0", "c1", "c3", "c4", "c5"][i % 6] } else { "c3" };
     let line = |(i, curve): (usize, &&(String, Vec<f64>))| (class(i), Marks::Line(thinned(steps, &curve.1)));
     let short_name = |name: &str| match name.strip_prefix("explained_variance") {
@@ -404,7 +405,13 @@ fn curve_figure(
             short(*first),
             short(*last),
             end.join(", "),
-            if log { " Log scale." } else { "" }
+            if log {
+                " Log scale."
+            } else if clipped {
+                " What lies below -1 is drawn at -1."
+            } else {
+                ""
+            }
         ),
         histograms: vec![],
         section: Section::Training,

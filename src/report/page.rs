@@ -39,11 +39,16 @@ pub(super) fn html(report: &Report) -> String {
     put(
         &mut out,
         format_args!(
-            "<p class=\"soft\">Crosscoder <code>{}</code>{}{} · {} latents</p></header>\n<main>\n",
+            "<p class=\"soft\">Crosscoder <code>{}</code>{}{} · {} latents{}</p></header>\n<main>\n",
             escape(&report.source),
             cfg_text("model_name"),
             cfg_text("hook_point"),
-            count(report.norms.d_hidden() as u64)
+            count(report.norms.d_hidden() as u64),
+            if report.is_pair() {
+                format!(" · A is {}, B is {}", escape(&report.names[0]), escape(&report.names[1]))
+            } else {
+                String::new()
+            }
         ),
     );
     summary(report, &mut out);
@@ -160,14 +165,10 @@ fn summary(report: &Report, out: &mut String) {
     };
     let mut seen = vec![
         tile("Rows of activations", count(stats.rows), report.activations_source.clone()),
-        tile("Explained variance", short(stats.explained_variance), "of all rows"),
+        tile("Explained variance", short(stats.explained_variance), "all models"),
     ];
     for (m, &v) in stats.explained_variance_per_model.iter().enumerate() {
-        seen.push(tile(&format!("Explained variance {}", report.letter(m)), short(v), "of all rows"));
-    }
-    for (name, value) in &stats.losses {
-        let remark = if name.starts_with("explained_variance") { "mean of batches" } else { "" };
-        seen.push(tile(name, short(*value), remark));
+        seen.push(tile(&format!("Explained variance {}", report.letter(m)), short(v), report.names[m].clone()));
     }
     seen.push(tile("Dead latents", count(stats.dead()), percent(stats.dead(), n_latents)));
     if report.is_pair() {
@@ -182,7 +183,23 @@ fn summary(report: &Report, out: &mut String) {
         }
     }
     tiles(out, &seen);
-    out.push_str("</section>\n");
+    put(
+        out,
+        format_args!(
+            "<p class=\"soft note\">Explained variance: 1 - Σ ‖rec - x‖² / Σ ‖x - mean‖², over all rows. Losses as \
+             <code>get_losses</code> gives them, mean over {} rows in {} batches, explained variances about each batch's own \
+             mean:</p><div class=\"plain\"><table><tbody>",
+            count(stats.rows),
+            count(stats.batches)
+        ),
+    );
+    for (name, value) in &stats.losses {
+        put(
+            out,
+            format_args!("<tr><th scope=\"row\"><code>{}</code></th><td>{}</td></tr>", escape(name), short(*value)),
+        );
+    }
+    out.push_str("</tbody></table></div></section>\n");
 }
 
 fn shown(report: &Report) -> Vec<Shown> {
@@ -250,7 +267,7 @@ fn latents(report: &Report, out: &mut String) {
     out.push_str(
         "<label>Latents<input id=\"number\" inputmode=\"numeric\" placeholder=\"3, 17\" autocomplete=\"off\"></label>",
     );
-    out.push_str("<fieldset><label>Limit<select id=\"column\">");
+    out.push_str("<fieldset><label class=\"limit\">Limit<select id=\"column\">");
     for (c, column) in columns.iter().enumerate().filter(|(_, column)| matches!(column.kind, Kind::Number(_))) {
         put(out, format_args!("<option value=\"{c}\">{}</option>", escape(&column.label)));
     }
@@ -261,11 +278,13 @@ fn latents(report: &Report, out: &mut String) {
          <noscript><p>This table is drawn by a script in this file. The same numbers are in the JSON and CSV that \
          <code>crosscoder report --json F --csv F</code> writes.</p></noscript>\n",
     );
+    let most_digits = report.activations.as_ref().map_or(1, |stats| stats.rows.to_string().len());
     let width = |column: &Shown| match column.kind {
         Kind::Latent => 88,
         Kind::Group => 130,
-        Kind::Number(_) => 96,
-        Kind::Rows { .. } => 260,
+        Kind::Number(_) => 104,
+        // Digits, a comma and a space each.
+        Kind::Rows { count, .. } => 40 + count * 8 * (most_digits + 2),
     };
     let total: usize = columns.iter().map(width).sum();
     put(
@@ -393,4 +412,40 @@ fn settings(report: &Report, out: &mut String) {
         );
     }
     out.push_str("</tbody></table></div></details></section>\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f24_rounds_to_sixteen_bits() {
+        let back = |v: f64| {
+            let [a, b, c] = f24(v);
+            f64::from(f32::from_le_bytes([0, a, b, c]))
+        };
+        for v in [0.0, -0.0, 1.0, 0.3, -123456.78, 1e-30, 65535.0, 2f64.powi(-140)] {
+            assert!((back(v) - v).abs() <= (v.abs() * 2f64.powi(-16)).max(2f64.powi(-142)), "{v}: {}", back(v));
+        }
+        assert_eq!(back(1.0 + 2f64.powi(-16)), 1.0, "half way, to even");
+        assert_eq!(back(1.0 + 3.0 * 2f64.powi(-16)), 1.0 + 4.0 * 2f64.powi(-16), "half way, to even");
+        assert_eq!(
+            [back(f64::from(f32::MAX)), back(1e300), back(f64::NEG_INFINITY)],
+            [f64::INFINITY, f64::INFINITY, f64::NEG_INFINITY]
+        );
+        assert!(back(f64::NAN).is_nan() && back(-f64::NAN).is_nan());
+    }
+
+    #[test]
+    fn base64_is_that_of_rfc_4648() {
+        let texts = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
+        assert_eq!(texts, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
+        assert_eq!(base64(&[0xfb, 0xff, 0xbf]), "+/+/");
+    }
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!([median(vec![3.0, 1.0, 2.0]), median(vec![4.0, 1.0, 2.0, 3.0])], [2.0, 2.5]);
+        assert!(median(vec![]).is_nan());
+    }
 }

@@ -46,8 +46,8 @@ impl Axis {
     pub(super) fn log(label: &str, low: f64, high: f64) -> Self {
         let high = if high > low { high } else { low * 10.0 };
         let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
-        let factors: &[f64] = if high / low < 30.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
-        let every = ((last - first) / 6 + 1) as usize;
+        let factors: &[f64] = if high / low < 150.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        let every = ((last - first - 1) / 6 + 1) as usize;
         let ticks = (first..=last)
             .step_by(every)
             .flat_map(|e| factors.iter().map(move |f| (f * 10f64.powi(e), e)))
@@ -121,9 +121,12 @@ pub(super) struct Chart {
 impl Chart {
     /// The chart's SVG element. `id` names its title and description within the page; `style` is put inside.
     pub(super) fn svg(&self, id: &str, title: &str, description: &str, style: Option<&str>) -> String {
+        // Without a legend its space is left out.
+        let top = if self.legend.is_empty() { 14.0 } else { 0.0 };
         let mut out = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" \
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 {top} {WIDTH} {}\" role=\"img\" \
              aria-labelledby=\"{id}-t {id}-d\"><title id=\"{id}-t\">{}</title><desc id=\"{id}-d\">{}</desc>",
+            HEIGHT - top,
             escape(title),
             escape(description)
         );
