@@ -77,8 +77,9 @@
 
   // Only the rows in sight are elements. Browsers lay out no more than some ten million pixels: beyond MAX_HEIGHT the
   // scroll bar moves several rows a pixel.
-  let drawn = "";
+  let drawn = "", printing = false;
   const draw = () => {
+    if (printing) return;
     const view = scroll.clientHeight, total = order.length * ROW, height = Math.min(total, MAX_HEIGHT);
     const ratio = height > view ? (total - view) / (height - view) : 1;
     const top = Math.min(scroll.scrollTop, Math.max(0, height - view));
@@ -159,12 +160,13 @@
   scroll.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
   addEventListener("resize", redraw);
   addEventListener("beforeprint", () => {
+    printing = true;
     const last = Math.min(order.length, PRINTED);
     rows(0, last, 0, last * ROW);
     said.dataset.screen = said.textContent;
     if (last < order.length) said.textContent = `The first ${last} of ${order.length.toLocaleString("en")} latents in the chosen order`;
   });
-  addEventListener("afterprint", () => { said.textContent = said.dataset.screen; redraw(); });
+  addEventListener("afterprint", () => { printing = false; said.textContent = said.dataset.screen; redraw(); });
   filter();
   document.documentElement.dataset.ready = Math.round(performance.now());
 })();

@@ -6,7 +6,7 @@ use std::fmt::Write;
 const WIDTH: f64 = 420.0;
 const HEIGHT: f64 = 240.0;
 /// The plot's edges.
-const LEFT: f64 = 52.0;
+const LEFT: f64 = 58.0;
 const RIGHT: f64 = 406.0;
 const TOP: f64 = 26.0;
 const BOTTOM: f64 = 196.0;
