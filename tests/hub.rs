@@ -216,7 +216,8 @@ impl Shared {
         for (name, value) in &answer.headers {
             head += &format!("{name}: {value}\r\n");
         }
-        if !answer.headers.iter().any(|(k, _)| k.eq_ignore_ascii_case("content-length")) {
+        let framings = ["content-length", "transfer-encoding"];
+        if !answer.headers.iter().any(|(k, _)| framings.contains(&k.to_lowercase().as_str())) {
             head += &format!("Content-Length: {}\r\n", answer.body.len());
         }
         let body = if request.is_head() { &[][..] } else { &answer.body[..answer.cut.unwrap_or(answer.body.len())] };
@@ -658,6 +659,34 @@ fn servers_that_cannot_continue_a_file_send_it_whole() {
         },
     );
     assert_fails(&fake, &Folder::new(), LARGE, &["attempts: 6"]);
+}
+
+#[test]
+fn malformed_answers_bring_nothing() {
+    let chunked = |bytes: &[u8], end: &str| {
+        let start = format!("{:x}\r\n", bytes.len());
+        let body = [start.as_bytes(), bytes, b"\r\n", end.as_bytes()].concat();
+        Answer::new(200, &[("Transfer-Encoding", "chunked")], &body)
+    };
+    let fine =
+        Fake::with(move |request, usual| if request.is_bytes() { chunked(&large(), "0\r\n\r\n") } else { usual });
+    assert_large(&fine, &Folder::new());
+
+    // Two thirds of the rest at each attempt: with them six would do.
+    let bad = move |usual: Answer| {
+        let range = usual.headers.iter().find(|(k, _)| k == "Content-Range").cloned();
+        let mut answer = chunked(&usual.body[..usual.body.len() * 2 / 3], "zz\r\n");
+        answer.status = usual.status;
+        answer.headers.extend(range);
+        answer
+    };
+    let fake = Fake::with(move |request, usual| if request.is_bytes() { bad(usual) } else { usual });
+    let folder = Folder::new();
+    assert_fails(&fake, &folder, LARGE, &["attempts: 6"]);
+    assert_eq!(folder.partials(), [0; 0]);
+    fake.behave(move |request, usual| if request.is_bytes() && request.nth == 0 { bad(usual) } else { usual });
+    fake.forget();
+    assert_large(&fake, &folder);
 }
 
 #[test]

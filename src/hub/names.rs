@@ -156,6 +156,7 @@ impl Etag {
 }
 
 /// Hashes the bytes of a file as its ETag wants them hashed.
+#[derive(Clone)]
 pub(super) struct Hasher {
     context: ring::digest::Context,
     etag: Etag,

@@ -122,10 +122,14 @@ impl<'a> Partial<'a> {
     }
 
     fn reset(&mut self) -> Result<()> {
-        let emptied = self.file.set_len(0).and_then(|()| self.file.seek(SeekFrom::Start(0)));
-        emptied.map_err(|e| Error::io("cannot empty", e).in_file(&self.path))?;
-        self.hasher = Hasher::new(&self.described.etag, self.described.size);
-        self.done = 0;
+        self.cut(0, Hasher::new(&self.described.etag, self.described.size))
+    }
+
+    /// Back to the first `done` bytes, which hash to `hasher`.
+    fn cut(&mut self, done: u64, hasher: Hasher) -> Result<()> {
+        let cut = self.file.set_len(done).and_then(|()| self.file.seek(SeekFrom::Start(done)));
+        cut.map_err(|e| Error::io("cannot shorten", e).in_file(&self.path))?;
+        (self.done, self.hasher) = (done, hasher);
         Ok(())
     }
 
@@ -227,6 +231,7 @@ impl<'a> Partial<'a> {
         let body: Box<dyn Read> = if gzip { Box::new(flate2::read::MultiGzDecoder::new(body)) } else { Box::new(body) };
         let mut body = body.take(missing);
         let mut buffer = vec![0; cache::CHUNK];
+        let before = (self.done, self.hasher.clone());
         let (mut since, mut in_window) = (Instant::now(), 0_u64);
         while self.done < size {
             let count = match body.read(&mut buffer) {
@@ -236,8 +241,12 @@ impl<'a> Partial<'a> {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    let mut failure =
-                        Failure::transient(format!("the connection broke at byte {} of {size}", self.done));
+                    let what = format!("the connection broke at byte {} of {size}", self.done);
+                    let mut failure = Failure::transient(what);
+                    if is_malformed(&error) {
+                        // Not cut off but wrong: where the bytes end and the error begins, nobody knows.
+                        self.cut(before.0, before.1)?;
+                    }
                     failure.error = failure.error.with_source(error);
                     return Err(failure);
                 }
@@ -256,4 +265,11 @@ impl<'a> Partial<'a> {
         }
         Ok(())
     }
+}
+
+/// Whether the body is not what HTTP or gzip allows, other than by its early end.
+fn is_malformed(error: &io::Error) -> bool {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<ureq::Error>());
+    matches!(cause, Some(ureq::Error::Protocol(_)))
+        || matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
 }
