@@ -225,12 +225,13 @@ impl<B: Backend> CrossCoder<B> {
     /// # Errors
     /// A folder that cannot be written to, a full disk; what was there before is untouched then.
     pub fn save(&self, files: &Files) -> Result<()> {
-        let sources = self.sources();
+        let sources = self.sources_of(&self.params);
         write(files, &self.cfg, sources.each_ref().map(|source| source as &dyn TensorSource))
     }
 
-    /// The parameters as the original's `state_dict()` has them: names, shapes and strides; elements are fetched in pieces.
-    fn sources(&self) -> [Source<'_, B>; 4] {
+    /// The parameters, or what has their shapes, as the original's `state_dict()` has them: order, shapes and strides;
+    /// elements are fetched in pieces.
+    pub(crate) fn sources_of<'a>(&'a self, p: &'a Parameters<B::Matrix>) -> [Source<'a, B>; 4] {
         let (h, m, d) = (self.d_hidden(), self.n_models(), self.d_in());
         let source = |matrix, shape: &[usize], strides: &[usize]| Source {
             backend: &self.backend,
@@ -238,7 +239,6 @@ impl<B: Backend> CrossCoder<B> {
             shape: shape.to_vec(),
             strides: strides.to_vec(),
         };
-        let p = &self.params;
         [
             source(&p.w_enc, &[m, d, h], &[d, 1, m * d]),
             source(&p.w_dec, &[h, m, d], &[m * d, d, 1]),
@@ -304,7 +304,7 @@ pub fn is_safetensors(path: &Path) -> bool {
 }
 
 /// A parameter on a backend, in the order it lies there, as something to be saved.
-struct Source<'a, B: Backend> {
+pub(crate) struct Source<'a, B: Backend> {
     backend: &'a B,
     matrix: &'a B::Matrix,
     shape: Vec<usize>,

@@ -8,6 +8,7 @@ mod download;
 mod golden;
 mod info;
 mod progress;
+mod train;
 
 use crosscoder::error::{Error, ErrorKind, Result};
 use std::io::Write;
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 const HELP: &str = "\
 crosscoder VERB …
 
+  train    [ACTS…]                  activations in, checkpoints out
   golden   CASE…                    compare with the Python original
   info     FILE…                    what is in a .pt, .safetensors or .npy file
   convert  IN OUT                   between .pt and .safetensors, and between dtypes
@@ -32,6 +34,7 @@ fn run() -> Result<ExitCode> {
             Some("download") => download::run(&mut parser),
             Some("golden") => golden::run(&mut parser),
             Some("info") => info::run(&mut parser),
+            Some("train") => train::run(&mut parser),
             Some("help") => args::help(HELP),
             _ => Err(Error::usage(format!("no verb '{}'; `crosscoder help` lists them", verb.display()))),
         },

@@ -64,6 +64,11 @@ impl Config {
         self.keys.insert(key.to_owned(), value.into());
     }
 
+    /// Removes a key; the others keep their places.
+    pub fn remove(&mut self, key: &str) -> Option<Value> {
+        self.keys.shift_remove(key)
+    }
+
     /// Sets a key from the command line's text, as a number, bool or string as the key's present value has it; a new key
     /// becomes whatever JSON the text is, a string otherwise. Original: `arg_parse_update_cfg`.
     ///

@@ -32,7 +32,9 @@ use crate::crosscoder::CrossCoder;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::files::TensorFile;
+use crate::init::initial_weights;
 use crate::tensor::Tensor;
+use crate::trainer::Trainer;
 use ndarray::Array3;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -160,7 +162,55 @@ fn compute<B: Backend>(case: &Case, backend: B) -> Result<Vec<Ours>> {
             put(&format!("grad.{name}"), tensor.to_f64_vec());
         }
     }
+    if case.golden.contains_key("train.x") {
+        train(case, crosscoder.backend().clone(), &mut put)?;
+    }
     Ok(ours)
+}
+
+/// The training keys: the steps that take the batches of `train.x`, from a fresh crosscoder. The judge starts from the
+/// stored `init.*`, as the twins do, and from our own where the case leaves one out.
+fn train<B: Backend>(case: &Case, backend: B, put: &mut impl FnMut(&str, Vec<f64>)) -> Result<()> {
+    let mut weights = fresh(&case.cfg)?;
+    if is_judge::<B>() {
+        for (weight, name) in weights.each_mut().into_iter().zip(PARAMETER_NAMES) {
+            if let Some(stored) = case.golden.get(&format!("init.{name}")) {
+                *weight = stored.clone();
+            }
+        }
+    }
+    let x = case.tensor("train.x")?;
+    let &[steps, batch, n_models, d_in] = x.shape() else {
+        return Err(Error::shape(format!(
+            "train.x has shape {:?}; it needs [steps, batch, n_models, d_in]",
+            x.shape()
+        )));
+    };
+    let values: Vec<B::Scalar> = x.to_f64_vec().into_iter().map(B::Scalar::narrow).collect();
+    let mut trainer = Trainer::new(CrossCoder::from_tensors(backend, case.cfg.clone(), weights)?)?;
+    let mut columns: Vec<(String, Vec<f64>)> = Vec::new();
+    for acts in values.chunks_exact((batch * n_models * d_in).max(1)).take(steps) {
+        let row = trainer.step(acts)?;
+        let grad_norm = ("grad_norm".to_owned(), row.grad_norm);
+        for (i, (name, value)) in row.named().into_iter().chain([grad_norm]).enumerate() {
+            match columns.get_mut(i) {
+                Some((_, column)) => column.push(value),
+                None => columns.push((name, vec![value])),
+            }
+        }
+    }
+    for (name, column) in columns {
+        put(&format!("train.{name}"), column);
+    }
+    for (name, tensor) in PARAMETER_NAMES.iter().zip(trainer.crosscoder().to_tensors()?.each()) {
+        put(&format!("train.final.{name}"), tensor.to_f64_vec());
+    }
+    Ok(())
+}
+
+/// The weights of a fresh `CrossCoder(cfg)`, two models.
+fn fresh(cfg: &Config) -> Result<Parameters<Tensor>> {
+    initial_weights(cfg.seed()?, cfg.dict_size()?, 2, cfg.d_in()?, cfg.enc_dtype()?, cfg.number("dec_init_norm")?)
 }
 
 /// A float32 tensor [batch, n_models, d_in] as the host's array.
@@ -210,7 +260,7 @@ impl Case {
         }
         let judge = if is_judge::<B>() { "f64" } else { dtype.enc_name().unwrap_or_default() };
         let ours = compute(self, backend).map_err(|e| e.at(&self.name))?;
-        let mut rows = Vec::new();
+        let mut rows = if is_judge::<B>() { Vec::new() } else { self.compare_init()? };
         for key in self.keys().filter(|key| !key.starts_with("init.")) {
             let row = |outcome| Row { case: self.name.clone(), key: key.clone(), judge: judge.to_owned(), outcome };
             let Some(ours) = ours.iter().find(|ours| &ours.key == key) else {
@@ -220,6 +270,40 @@ impl Case {
             let (torch, exact) = (self.tensor(key)?, self.tensor(&format!("exact.{key}"))?);
             let batch = self.batch_size(key)?;
             rows.push(row(outcome(key, ours, torch, exact, is_judge::<B>(), dtype, batch)));
+        }
+        Ok(rows)
+    }
+
+    /// `init.*`, bit for bit.
+    fn compare_init(&self) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        if !self.golden.keys().any(|key| key.starts_with("init.")) {
+            return Ok(rows);
+        }
+        let ours = fresh(&self.cfg).map_err(|e| e.at(&self.name))?;
+        for key in self.golden.keys().filter(|key| key.starts_with("init.")) {
+            let row = |outcome| Row { case: self.name.clone(), key: key.clone(), judge: "bits".to_owned(), outcome };
+            let at = PARAMETER_NAMES.iter().position(|name| key.strip_prefix("init.") == Some(name));
+            let (Some(at), torch) = (at, self.tensor(key)?) else {
+                rows.push(row(Outcome::NotCovered));
+                continue;
+            };
+            let ours = ours.each()[at];
+            let alike = (ours.shape(), ours.dtype()) == (torch.shape(), torch.dtype());
+            let fault = (!alike).then(|| {
+                format!(
+                    "ours is {} {:?}, the original's {} {:?}",
+                    ours.dtype(),
+                    ours.shape(),
+                    torch.dtype(),
+                    torch.shape()
+                )
+            });
+            // Every value of these types is exact in float64; the sign of zero and nan count as bits.
+            let differ = |(a, b): &(f64, f64)| a.to_bits() != b.to_bits();
+            let different = ours.to_f64_vec().into_iter().zip(torch.to_f64_vec()).filter(differ).count();
+            let count = Measure { e_torch: 0.0, e_ours: different as f64, tolerance: 0.0 };
+            rows.push(row(Outcome::Compared { max: count, rms: count, fault }));
         }
         Ok(rows)
     }

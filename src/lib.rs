@@ -32,16 +32,19 @@
 //!
 //! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they need.
 
+pub mod activations;
 pub mod analysis;
 pub mod atomic;
 pub mod autodiff;
 pub mod backend;
+pub mod buffer;
 pub mod checkpoint;
 pub mod config;
 mod crc32;
 mod crosscoder;
 pub mod dtype;
 pub mod error;
+pub mod evaluation;
 pub mod files;
 pub mod golden;
 #[cfg(feature = "hub")]
@@ -49,14 +52,18 @@ pub mod hub;
 pub mod info;
 pub mod init;
 mod magic;
+pub mod normalisation;
 pub mod npy;
+pub mod optim;
 pub mod pt;
 mod raw;
 pub mod report;
 pub mod rng;
+pub mod run;
 pub mod safetensors;
 pub mod sparse;
 pub mod tensor;
+pub mod trainer;
 
 pub use config::Config;
 pub use crosscoder::{CrossCoder, LossOutput};

@@ -101,7 +101,8 @@ fn amount(unit: Unit, count: u64) -> String {
     }
 }
 
-fn duration(seconds: f64) -> String {
+/// Seconds in words.
+pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.ceil().min(1e9) as u64;
     match seconds {
         0..60 => format!("{seconds} s"),

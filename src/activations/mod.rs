@@ -1,0 +1,322 @@
+//! Activations: rows [n, n_models, d_in] read in pieces, so that a set far larger than memory trains.
+//!
+//! A set is a list of parts that follow one another: files, shards of a directory, or a tensor in memory. A part is one file
+//! [n, n_models, d_in], or one file [n, d_in] for each model. Rows are handed out as little-endian bytes in the set's
+//! dtype, row-major. Files are read, never mapped: one that is truncated or changed while it is read is an error.
+
+use crate::crosscoder::model_name;
+use crate::dtype::Dtype;
+use crate::error::{Error, ErrorKind, Result};
+use crate::tensor::{Tensor, Values};
+use std::path::{Path, PathBuf};
+
+mod file;
+
+use file::RowFile;
+
+/// Rows that are read at a time are limited to this many bytes, or to one row.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// A set of paired activations [n, n_models, d_in].
+#[derive(Debug)]
+pub struct Activations {
+    parts: Vec<Part>,
+    n_models: usize,
+    d_in: usize,
+    dtype: Dtype,
+    rows: usize,
+    /// Whether a value that is not finite is an error.
+    check: bool,
+}
+
+#[derive(Debug)]
+struct Part {
+    /// What messages call it.
+    name: String,
+    /// The set's row that is the part's first.
+    first: usize,
+    rows: usize,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// [n, n_models, d_in], little-endian.
+    Memory(Vec<u8>),
+    /// [n, n_models, d_in]
+    File(RowFile),
+    /// [n, d_in] for each model.
+    PerModel(Vec<RowFile>),
+}
+
+/// Shape and dtype of a part.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Kind {
+    n_models: usize,
+    d_in: usize,
+    dtype: Dtype,
+}
+
+impl Activations {
+    /// Opens a set: one file or several of shape [n, n_models, d_in], whose rows follow one another; or exactly two files of
+    /// shape [n, d_in], model A's and model B's; or one directory, whose `.pt`, `.npy` and `.safetensors` files are taken in
+    /// the order of their names. Only headers are read.
+    ///
+    /// # Errors
+    /// Files that are not there, not of these formats, of another shape, of no float dtype, or that do not fit each other.
+    pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
+        let files: Vec<PathBuf> = match paths {
+            [one] if one.as_ref().is_dir() => shards(one.as_ref())?,
+            _ => paths.iter().map(|p| p.as_ref().to_owned()).collect(),
+        };
+        let mut opened = files.iter().map(|path| RowFile::open(path)).collect::<Result<Vec<_>>>()?;
+        if opened.is_empty() {
+            return Err(Error::usage("no activations: no file given"));
+        }
+        let flat = opened.iter().filter(|f| f.shape().len() == 2).count();
+        let parts = match (flat, opened.len()) {
+            (0, _) => {
+                let part =
+                    |f: RowFile| (f.name(), f.shape()[0], kind_of(&f, f.shape()[1], f.shape()[2]), Source::File(f));
+                opened.into_iter().map(part).collect()
+            }
+            (2, 2) => {
+                let (a, b) = (&opened[0], &opened[1]);
+                if (a.shape(), a.dtype()) != (b.shape(), b.dtype()) {
+                    return Err(Error::shape(format!(
+                        "model A's is {} {:?}, model B's {} {:?}; they must be equal",
+                        a.dtype(),
+                        a.shape(),
+                        b.dtype(),
+                        b.shape()
+                    ))
+                    .at(format!("{} and {}", a.name(), b.name())));
+                }
+                let name = format!("{} and {}", a.name(), b.name());
+                vec![(name, a.shape()[0], kind_of(a, 2, a.shape()[1]), Source::PerModel(std::mem::take(&mut opened)))]
+            }
+            _ => {
+                let odd = opened.iter().find(|f| f.shape().len() == 2);
+                let odd = odd.map(|f| f.name()).unwrap_or_default();
+                let what =
+                    "has shape [n, d_in]; activations are files [n, n_models, d_in], or exactly two files [n, d_in]";
+                return Err(Error::shape(what).at(odd));
+            }
+        };
+        Self::of_parts(parts)
+    }
+
+    /// A set in memory: `tensor` [n, n_models, d_in] of a float dtype.
+    ///
+    /// # Errors
+    /// Another shape, an integer dtype.
+    pub fn from_tensor(name: &str, tensor: Tensor) -> Result<Self> {
+        check_shape(tensor.shape(), tensor.dtype()).map_err(|e| e.at(name))?;
+        let &[rows, n_models, d_in] = tensor.shape() else {
+            let what = format!("has shape {:?}; activations are [n, n_models, d_in]", tensor.shape());
+            return Err(Error::shape(what).at(name));
+        };
+        let dtype = tensor.dtype();
+        let mut bytes = Vec::with_capacity(tensor.len() * dtype.size_bytes());
+        tensor.row_major_le_bytes(|piece| {
+            bytes.extend_from_slice(piece);
+            Ok::<_, Error>(())
+        })?;
+        Self::of_parts(vec![(name.to_owned(), rows, Kind { n_models, d_in, dtype }, Source::Memory(bytes))])
+    }
+
+    fn of_parts(found: Vec<(String, usize, Kind, Source)>) -> Result<Self> {
+        let (first_name, kind) = (found[0].0.clone(), found[0].2);
+        let (mut parts, mut total) = (Vec::new(), 0usize);
+        for (name, rows, other, source) in found {
+            if other != kind {
+                let show = |k: Kind| format!("{} [n, {}, {}]", k.dtype, k.n_models, k.d_in);
+                let what = format!("is {}; {first_name} is {}; all parts must be alike", show(other), show(kind));
+                return Err(Error::shape(what).at(name));
+            }
+            parts.push(Part { name, first: total, rows, source });
+            total = total.checked_add(rows).ok_or_else(|| Error::shape("more rows than can be counted"))?;
+        }
+        if total == 0 {
+            return Err(Error::shape("has no rows").at(first_name));
+        }
+        let Kind { n_models, d_in, dtype } = kind;
+        Ok(Activations { parts, n_models, d_in, dtype, rows: total, check: true })
+    }
+
+    /// The same set; values that are not finite are handed out instead of being an error.
+    pub fn unchecked(self) -> Self {
+        Activations { check: false, ..self }
+    }
+
+    /// The number of rows, n.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The number of models.
+    pub fn n_models(&self) -> usize {
+        self.n_models
+    }
+
+    /// The width of one model's activations.
+    pub fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    /// The type in which rows are stored and handed out.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Values in a row, `n_models · d_in`.
+    pub fn width(&self) -> usize {
+        self.n_models * self.d_in
+    }
+
+    /// Bytes of a row as it is handed out.
+    pub fn row_bytes(&self) -> usize {
+        self.width() * self.dtype.size_bytes()
+    }
+
+    /// How many rows to read at a time: some megabytes.
+    pub fn rows_per_piece(&self) -> usize {
+        (PIECE_BYTES / self.row_bytes()).max(1)
+    }
+
+    /// Where a row of the set lies: the file's name and the row in it.
+    pub fn place(&self, row: usize) -> String {
+        match self.part_of(row) {
+            Some(part) => format!("{}, row {}", part.name, row - part.first),
+            None => format!("row {row}"),
+        }
+    }
+
+    fn part_of(&self, row: usize) -> Option<&Part> {
+        let after = self.parts.partition_point(|part| part.first <= row);
+        self.parts.get(after.checked_sub(1)?).filter(|part| row - part.first < part.rows)
+    }
+
+    /// The bytes of `count` rows from row `at` on, in `out` instead of what it held.
+    ///
+    /// # Errors
+    /// Rows that are not there; a file that cannot be read or has changed since it was opened; a value that is not finite.
+    pub fn read(&self, at: usize, count: usize, out: &mut Vec<u8>) -> Result<()> {
+        out.clear();
+        if at.checked_add(count).is_none_or(|end| end > self.rows) {
+            return Err(Error::shape(format!("rows {at}..{at}+{count} asked of a set of {}", self.rows)));
+        }
+        out.reserve(count * self.row_bytes());
+        let (mut row, end) = (at, at + count);
+        while row < end {
+            let part = self.part_of(row).ok_or_else(|| Error::shape(format!("no part holds row {row}")))?;
+            let n = (end - row).min(part.first + part.rows - row);
+            part.read(row - part.first, n, self.row_bytes(), out).map_err(|e| e.at(&part.name))?;
+            row += n;
+        }
+        if self.check {
+            self.check_finite(at, out)?;
+        }
+        Ok(())
+    }
+
+    /// Reads `count` rows from row `at` on as float32 into `out` instead of what it held.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_f32(&self, at: usize, count: usize, out: &mut Vec<f32>) -> Result<()> {
+        let mut bytes = Vec::new();
+        self.read(at, count, &mut bytes)?;
+        out.clear();
+        append_f32(self.dtype, &bytes, out);
+        Ok(())
+    }
+
+    fn check_finite(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        let Some(index) = first_not_finite(self.dtype, bytes) else { return Ok(()) };
+        let (row, col) = (at + index / self.width(), index % self.width());
+        let mut value = Vec::new();
+        append_f32(self.dtype, &bytes[index * self.dtype.size_bytes()..][..self.dtype.size_bytes()], &mut value);
+        let model = model_name(col / self.d_in, self.n_models);
+        let what = format!("model {model}, element {}: {} is not finite", col % self.d_in, value[0]);
+        Err(Error::new(ErrorKind::NonFinite, what).at(self.place(row)))
+    }
+}
+
+impl Part {
+    fn read(&self, at: usize, count: usize, row_bytes: usize, out: &mut Vec<u8>) -> Result<()> {
+        match &self.source {
+            Source::Memory(bytes) => out.extend_from_slice(&bytes[at * row_bytes..(at + count) * row_bytes]),
+            Source::File(file) => file.read(at, count, out)?,
+            Source::PerModel(files) => {
+                let piece = row_bytes / files.len();
+                let mut rows: Vec<Vec<u8>> = vec![Vec::new(); files.len()];
+                for (rows, file) in rows.iter_mut().zip(files) {
+                    file.read(at, count, rows)?;
+                }
+                for i in 0..count {
+                    rows.iter().for_each(|rows| out.extend_from_slice(&rows[i * piece..(i + 1) * piece]));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn kind_of(file: &RowFile, n_models: usize, d_in: usize) -> Kind {
+    Kind { n_models, d_in, dtype: file.dtype() }
+}
+
+/// Whether this can be activations: two or three sizes, none but the first 0, a float dtype.
+fn check_shape(shape: &[usize], dtype: Dtype) -> Result<()> {
+    if !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        return Err(Error::unsupported(format!("has dtype {dtype}; activations are floats")));
+    }
+    if !matches!(shape.len(), 2 | 3) || shape[1..].contains(&0) {
+        let what = format!("has shape {shape:?}; activations are [n, n_models, d_in], or [n, d_in] for each model");
+        return Err(Error::shape(what));
+    }
+    Ok(())
+}
+
+/// The activation files of a directory in the order of their names.
+fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
+    let list = |e| Error::io("cannot list the directory", e).in_file(dir);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(list)? {
+        let path = entry.map_err(list)?.path();
+        let known = path.extension().is_some_and(|e| e == "pt" || e == "npy" || e == "safetensors");
+        if known && path.is_file() {
+            files.push(path);
+        }
+    }
+    if files.is_empty() {
+        return Err(Error::usage("the directory holds no .pt, .npy or .safetensors file").in_file(dir));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Appends the elements that `bytes` holds as float32.
+pub(crate) fn append_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
+    let mut values = Values::with_capacity(dtype, bytes.len() / dtype.size_bytes());
+    values.push_le_bytes(bytes);
+    match values {
+        Values::F32(v) if out.is_empty() => *out = v,
+        values => out.extend(values.into_f32()),
+    }
+}
+
+/// The first element whose exponent is all ones: inf or nan.
+fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    // The high bytes of an element hold its sign and exponent.
+    let high = |size: usize, mask: u16| {
+        bytes.chunks_exact(size).position(|e| u16::from_le_bytes([e[size - 2], e[size - 1]]) & mask == mask)
+    };
+    match dtype {
+        Dtype::F16 => high(2, 0x7c00),
+        Dtype::BF16 => high(2, 0x7f80),
+        Dtype::F64 => high(8, 0x7ff0),
+        _ => high(4, 0x7f80),
+    }
+}

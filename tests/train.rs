@@ -1,0 +1,459 @@
+//! Training as an embedding user meets it: schedule, buffer, resuming, bad numbers, what is left on the disk.
+
+use crosscoder::activations::Activations;
+use crosscoder::backend::Cpu;
+use crosscoder::buffer::{Buffer, HeldOut, Refresh};
+use crosscoder::evaluation::{Batches, evaluate, latents};
+use crosscoder::init::initial_weights;
+use crosscoder::normalisation::{estimate, factors, fold, set_factors};
+use crosscoder::rng::Mt19937;
+use crosscoder::run::{Ended, Event, Run};
+use crosscoder::trainer::{Schedule, Trainer};
+use crosscoder::{Config, CrossCoder, Dtype, ErrorKind, Tensor, Values};
+use ndarray::ArrayView3;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const NEVER: AtomicBool = AtomicBool::new(false);
+
+/// A directory of its own for a test, empty.
+fn folder(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("crosscoder-train-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    dir
+}
+
+/// Rows that a few directions make up, so that there is something to learn.
+fn rows(n: usize, d_in: usize) -> Vec<f32> {
+    let mut state = 1u64;
+    let mut number = move || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let directions: Vec<f32> = (0..8 * 2 * d_in).map(|_| number()).collect();
+    let mut out = Vec::with_capacity(n * 2 * d_in);
+    for _ in 0..n {
+        let weights: Vec<f32> = (0..8).map(|_| (number() * 3.0).max(0.0)).collect();
+        for k in 0..2 * d_in {
+            let sum: f32 = (0..8).map(|j| weights[j] * directions[j * 2 * d_in + k]).sum();
+            out.push(sum + 0.05 * number());
+        }
+    }
+    out
+}
+
+fn activations(n: usize, d_in: usize) -> Activations {
+    let values = Values::F32(rows(n, d_in)).cast(Dtype::BF16).unwrap();
+    Activations::from_tensor("rows in memory", Tensor::new(vec![n, 2, d_in], values).unwrap()).unwrap()
+}
+
+fn cfg(keys: &[(&str, serde_json::Value)]) -> Config {
+    let mut cfg = Config::default();
+    let own = [
+        ("d_in", 6.into()),
+        ("dict_size", 24.into()),
+        ("batch_size", 16.into()),
+        ("buffer_mult", 4.into()),
+        ("num_tokens", (16 * 40).into()),
+        ("lr", 1e-2.into()),
+        ("log_every", 3.into()),
+        ("save_every", 9.into()),
+        ("device", "cpu".into()),
+    ];
+    for (key, value) in own.iter().chain(keys) {
+        cfg.set(key, value.clone());
+    }
+    cfg
+}
+
+fn backend(run: &Run) -> Cpu {
+    Cpu::new(run.cfg().enc_dtype().unwrap())
+}
+
+/// Trains to the end, or until `stop_at` steps are taken.
+fn train(run: Run, acts: &Activations, stop_at: u64) -> crosscoder::Result<Ended<Cpu>> {
+    let backend = backend(&run);
+    let stop = AtomicBool::new(false);
+    run.train(backend, acts, &stop, |event| {
+        if let Event::Step { step, .. } = event {
+            stop.store(step >= stop_at, Ordering::Relaxed);
+        }
+    })
+}
+
+/// Name and bytes of each file in a directory.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+#[test]
+fn the_schedule_is_the_originals() {
+    let cfg = cfg(&[("num_tokens", 1607.into()), ("l1_coeff", 2.into()), ("lr", 0.5.into())]);
+    let schedule = Schedule::from_cfg(&cfg).unwrap();
+    assert_eq!(schedule.total_steps, 100);
+    // Warm-up over 5 of 100 steps, decay over the last 20.
+    assert_eq!([0, 1, 4, 5, 99].map(|s| schedule.l1_coeff(s)), [0.0, 0.4, 1.6, 2.0, 2.0]);
+    assert_eq!([0, 79, 80].map(|s| schedule.lr(s)), [0.5, 0.5, 0.5]);
+    for (step, lr) in [(81, 0.475), (90, 0.25), (100, 0.0)] {
+        assert!((schedule.lr(step) - lr).abs() < 1e-15, "{step}");
+    }
+}
+
+#[test]
+fn a_run_learns_and_tells_what_it_learnt() {
+    let (acts, out) = (activations(400, 6), folder("learns"));
+    let ended = train(
+        Run::create(&out, cfg(&[("num_tokens", 16_000.into()), ("l1_coeff", 0.1.into())])).unwrap(),
+        &acts,
+        u64::MAX,
+    )
+    .unwrap();
+    assert!(ended.finished);
+    assert_eq!(ended.step, 1000);
+    let crosscoder = &ended.crosscoder;
+    let factors = factors(crosscoder.cfg()).unwrap().unwrap();
+    let batches = Batches::new(&acts, (0..400).collect(), 64, &factors);
+    let evaluation = evaluate(crosscoder, &batches).unwrap();
+    assert_eq!(evaluation.rows, 400);
+    assert!(evaluation.get("explained_variance").unwrap() > 0.8, "{evaluation:?}");
+    let found = latents(crosscoder, &batches).unwrap();
+    assert_eq!(found.dead + found.shared + found.exclusive_a + found.exclusive_b, 24);
+    // The log has a line every three steps, by the original's names in its order.
+    let log = std::fs::read_to_string(out.join("version_0/metrics.jsonl")).unwrap();
+    assert_eq!(log.lines().count(), 334);
+    let first: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    let names: Vec<&str> = first.as_object().unwrap().keys().map(String::as_str).collect();
+    let originals = ["loss", "l2_loss", "l1_loss", "l0_loss", "l1_coeff", "lr", "explained_variance"];
+    assert_eq!(names[0], "step");
+    assert_eq!(names[1..8], originals);
+    assert_eq!(names[8..], ["explained_variance_A", "explained_variance_B"]);
+    assert_eq!(first["step"], 1);
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn a_run_stopped_anywhere_goes_on_bit_for_bit() {
+    for (dtype, refresh) in [("fp32", false), ("bf16", false), ("fp32", true)] {
+        let keys = [("enc_dtype", dtype.into()), ("original_refresh", refresh.into()), ("val_fraction", 0.1.into())];
+        let acts = activations(150, 6);
+        let (whole, parts) = (folder("whole"), folder("parts"));
+        train(Run::create(&whole, cfg(&keys)).unwrap(), &acts, u64::MAX).unwrap();
+        let mut run = Run::create(&parts, cfg(&keys)).unwrap();
+        // What is saved where a part ends is replaced by the next regular checkpoint.
+        for stop_at in [1, 2, 9, 17, 30, u64::MAX] {
+            let ended = train(run, &acts, stop_at).unwrap();
+            assert_eq!(ended.step, stop_at.min(40));
+            if ended.finished {
+                break;
+            }
+            run = Run::resume(&parts).unwrap().unwrap();
+        }
+        let (whole_files, part_files) = (files(&whole.join("version_0")), files(&parts.join("version_0")));
+        assert_eq!(whole_files.keys().collect::<Vec<_>>(), part_files.keys().collect::<Vec<_>>());
+        for (name, bytes) in &whole_files {
+            assert!(part_files[name] == *bytes, "{dtype}: {name} differs");
+        }
+        assert_eq!(whole_files.len(), 5 * 2 + 2, "{:?}", whole_files.keys());
+        for out in [whole, parts] {
+            std::fs::remove_dir_all(&out).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_run_does_not_depend_on_the_threads() {
+    // Large enough that the backend uses more than one.
+    let acts = activations(600, 64);
+    let keys =
+        [("d_in", 64.into()), ("dict_size", 640.into()), ("batch_size", 128.into()), ("num_tokens", 1024.into())];
+    let mut found = Vec::new();
+    for threads in [1, 2, 3, 7] {
+        let out = folder(&format!("threads-{threads}"));
+        let run = Run::create(&out, cfg(&keys)).unwrap();
+        let backend = backend(&run).with_threads(threads);
+        run.train(backend, &acts, &NEVER, |_| ()).unwrap();
+        found.push(files(&out.join("version_0")));
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+    assert!(found.iter().all(|files| *files == found[0]));
+}
+
+#[test]
+fn the_second_run_in_a_directory_refuses() {
+    let (acts, out) = (activations(100, 6), folder("two"));
+    let first = Run::create(&out, cfg(&[])).unwrap();
+    for second in [Run::create(&out, cfg(&[])).map(|_| ()), Run::resume(&out).map(|_| ())] {
+        let error = second.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(error.to_string().contains("another run"), "{error}");
+    }
+    train(first, &acts, u64::MAX).unwrap();
+    // Its end gives the directory back.
+    assert!(Run::resume(&out).unwrap().is_some());
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn a_poisoned_row_stops_the_run_and_is_named() {
+    let mut values = rows(200, 6);
+    values[137 * 12 + 8] = f32::NAN;
+    let tensor = Tensor::new(vec![200, 2, 6], Values::F32(values)).unwrap();
+    let out = folder("poisoned");
+    let acts = Activations::from_tensor("rows in memory", tensor).unwrap();
+    let error = train(Run::create(&out, cfg(&[])).unwrap(), &acts, u64::MAX).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::NonFinite);
+    let message = error.to_string();
+    assert!(message.contains("rows in memory, row 137: model B, element 2: NaN is not finite"), "{message}");
+    // Handed out unchecked, it is the step that finds it, and names the row of the set all the same. Factors are given,
+    // as their estimate would be nan.
+    let acts = acts.unchecked();
+    let error =
+        train(Run::create(&out, cfg(&[("normalisation_factor", vec![1.0, 1.0].into())])).unwrap(), &acts, u64::MAX);
+    let message = error.err().unwrap().to_string();
+    assert!(message.contains("rows in memory, row 137: step ") && message.contains("l2_loss is NaN"), "{message}");
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn numbers_that_overflow_stop_the_run_and_leave_the_last_checkpoint() {
+    // In float16 Adam's eps is 0, so the first step makes parameters nan; the second finds out.
+    let (acts, out) = (activations(100, 6), folder("overflow"));
+    let keys = [("enc_dtype", "fp16".into()), ("save_every", 1.into())];
+    let error = train(Run::create(&out, cfg(&keys)).unwrap(), &acts, u64::MAX).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::NonFinite);
+    let message = error.to_string();
+    assert!(message.contains("cannot save") && message.contains("is not finite"), "{message}");
+    assert!(!out.join("version_0/0.pt").exists());
+    // A learning rate that throws bfloat16 out of its range, after good checkpoints.
+    let keys = [("enc_dtype", "bf16".into()), ("save_every", 1.into()), ("lr", 1e10.into())];
+    let error = train(Run::create(&out, cfg(&keys)).unwrap(), &acts, u64::MAX).err().unwrap();
+    let message = error.to_string();
+    assert!(message.contains("version_1/0.pt (step 1)") && message.contains("step 1: "), "{message}");
+    let weights = files(&out.join("version_1"))["0.pt"].clone();
+    // Told to go on, it does as the original does.
+    let run = Run::resume(&out).unwrap().unwrap().keep_going();
+    assert!(train(run, &acts, u64::MAX).unwrap().finished);
+    assert_eq!(files(&out.join("version_1"))["0.pt"], weights);
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn other_activations_or_sizes_are_refused_when_a_run_goes_on() {
+    let (acts, out) = (activations(150, 6), folder("other"));
+    train(Run::create(&out, cfg(&[])).unwrap(), &acts, 5).unwrap();
+    for other in [activations(151, 6), activations(150, 7)] {
+        let error = train(Run::resume(&out).unwrap().unwrap(), &other, u64::MAX).err().unwrap();
+        assert!(error.to_string().contains("other activations"), "{error}");
+    }
+    let error = train(Run::create(&out, cfg(&[])).unwrap(), &activations(150, 7), u64::MAX).err().unwrap();
+    assert!(error.to_string().contains("the activations have d_in 7, the cfg 6"), "{error}");
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_told_and_the_last_one_stays() {
+    let (acts, out) = (activations(150, 6), folder("unwritable"));
+    let run = Run::create(&out, cfg(&[])).unwrap();
+    let dir = run.dir().to_owned();
+    // What stands in the way of the second checkpoint is a directory of its name; that stops even the superuser.
+    std::fs::create_dir_all(dir.join("1.pt/in the way")).unwrap();
+    let message = train(run, &acts, u64::MAX).err().unwrap().to_string();
+    assert!(message.contains("version_0/0.pt (step 9)") && message.contains("step 18: cannot save"), "{message}");
+    assert!(std::fs::read_dir(&dir).unwrap().all(|e| !e.unwrap().file_name().to_string_lossy().contains("tmp")));
+    std::fs::remove_dir_all(dir.join("1.pt")).unwrap();
+    // Nothing is lost: it goes on from the first.
+    let whole = folder("written");
+    train(Run::create(&whole, cfg(&[])).unwrap(), &acts, u64::MAX).unwrap();
+    train(Run::resume(&out).unwrap().unwrap(), &acts, u64::MAX).unwrap();
+    assert_eq!(files(&dir), files(&whole.join("version_0")));
+    for out in [out, whole] {
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// The rows that a buffer hands out, recognised by their first value, batch after batch.
+fn handed_out(
+    acts: &Activations,
+    held_out: f64,
+    refresh: Refresh,
+    buffer_rows: usize,
+    batches: usize,
+) -> Vec<Vec<usize>> {
+    let held_out = HeldOut::new(held_out).unwrap();
+    let rng = Mt19937::new(3).unwrap();
+    let mut buffer = Buffer::new(acts, held_out, refresh, 4, buffer_rows, &[2.0, 0.5], rng).unwrap();
+    let mut batch = Vec::new();
+    (0..batches)
+        .map(|_| {
+            assert!(buffer.next(&mut batch, &NEVER).unwrap());
+            let rows = batch.chunks_exact(2).enumerate().map(|(i, row)| {
+                // The factors have been applied, one per model.
+                assert_eq!(row[1], -row[0] / 4.0);
+                assert_eq!(buffer.row_of_last(i), Some((row[0] / 2.0) as usize));
+                (row[0] / 2.0) as usize
+            });
+            rows.collect()
+        })
+        .collect()
+}
+
+/// Row i is [i, -i].
+fn counting(n: usize) -> Activations {
+    let values = (0..n).flat_map(|i| [i as f32, -(i as f32)]).collect();
+    Activations::from_tensor("rows", Tensor::new(vec![n, 2, 1], Values::F32(values)).unwrap()).unwrap()
+}
+
+#[test]
+fn the_buffer_is_the_originals_but_reads_on() {
+    let acts = counting(100);
+    for (refresh, held_out) in [(Refresh::ReadOn, 0.0), (Refresh::Original, 0.0), (Refresh::ReadOn, 0.25)] {
+        // The original's code, over row numbers.
+        let held = HeldOut::new(held_out).unwrap();
+        let train: Vec<usize> = (0..100).filter(|&row| !held.holds(row)).collect();
+        let mut next = 0;
+        let mut read = |n: usize| -> Vec<usize> {
+            let rows = (next..next + n).map(|i| train[i % train.len()]).collect();
+            next += n;
+            rows
+        };
+        let mut rng = Mt19937::new(3).unwrap();
+        let mut shuffle = |buffer: &Vec<usize>| rng.randperm(buffer.len()).into_iter().map(|i| buffer[i]).collect();
+        let mut buffer: Vec<usize> = shuffle(&read(30));
+        let (mut pointer, mut expected) = (0, Vec::new());
+        for _ in 0..50 {
+            expected.push(buffer[pointer..pointer + 4].to_vec());
+            pointer += 4;
+            if pointer > buffer.len() / 2 - 4 {
+                if refresh == Refresh::ReadOn {
+                    buffer.splice(..15, read(15));
+                }
+                buffer = shuffle(&buffer);
+                pointer = 0;
+            }
+        }
+        assert_eq!(handed_out(&acts, held_out, refresh, 30, 50), expected, "{refresh:?}, {held_out}");
+    }
+}
+
+#[test]
+fn rows_held_out_are_never_handed_out_and_all_others_are() {
+    let acts = counting(57);
+    let held = HeldOut::new(0.2).unwrap();
+    assert_eq!((0..57).filter(|&row| held.holds(row)).count(), held.count(57));
+    assert_eq!(held.count(57), 11);
+    for buffer_rows in [8, 20, 500] {
+        let mut seen = vec![0; 57];
+        handed_out(&acts, 0.2, Refresh::ReadOn, buffer_rows, 400).concat().into_iter().for_each(|row| seen[row] += 1);
+        for (row, &count) in seen.iter().enumerate() {
+            assert_eq!(count == 0, held.holds(row), "row {row} in a buffer of {buffer_rows}");
+        }
+    }
+    for bad in [-0.1, 1.0, f64::NAN] {
+        assert!(HeldOut::new(bad).is_err());
+    }
+}
+
+#[test]
+fn a_batch_larger_than_the_buffer_is_refused() {
+    let error = Buffer::from_cfg(&counting(10), &cfg(&[]), &[1.0, 1.0]).unwrap_err().to_string();
+    assert!(error.contains("batch_size is 16; it must be from 1 to 10"), "{error}");
+}
+
+#[test]
+fn factors_give_a_mean_norm_of_the_root_of_d_in_and_fold_once() {
+    let acts = activations(90, 6);
+    let found = estimate(&acts, HeldOut::default(), 64, &NEVER).unwrap().unwrap();
+    let mut x = Vec::new();
+    acts.read_f32(0, 90, &mut x).unwrap();
+    for m in 0..2 {
+        let norms = x.chunks_exact(12).map(|row| row[m * 6..][..6].iter().map(|v| v * v).sum::<f32>().sqrt());
+        assert!((found[m] * f64::from(norms.sum::<f32>()) / 90.0 - 6f64.sqrt()).abs() < 1e-5);
+    }
+    let mut cfg = cfg(&[]);
+    let weights = initial_weights(49, 24, 2, 6, Dtype::F32, 0.08).unwrap();
+    assert!(fold(&mut cfg, weights.clone()).unwrap_err().to_string().contains("nothing to fold"));
+    set_factors(&mut cfg, &found);
+    let plain = CrossCoder::from_tensors(Cpu::<f32>::new(Dtype::F32), cfg.clone(), weights.clone()).unwrap();
+    let folded = fold(&mut cfg, weights).unwrap();
+    assert_eq!(factors(&cfg).unwrap(), None);
+    assert!(fold(&mut cfg.clone(), folded.clone()).unwrap_err().to_string().contains("folded"));
+    let folded = CrossCoder::from_tensors(Cpu::<f32>::new(Dtype::F32), cfg, folded).unwrap();
+    // The folded one takes x where the other takes factor · x, and reconstructs x.
+    let scaled: Vec<f32> = x.iter().enumerate().map(|(i, v)| v * found[i / 6 % 2] as f32).collect();
+    let view = |values| ArrayView3::from_shape((90, 2, 6), values).unwrap();
+    let (a, b) = (plain.encode(view(&scaled), true).unwrap(), folded.encode(view(&x), true).unwrap());
+    assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5));
+    let (a, b) = (plain.forward(view(&scaled)).unwrap(), folded.forward(view(&x)).unwrap());
+    let close = a.iter().zip(&b).enumerate().all(|(i, (a, b))| (a - b * found[i / 6 % 2] as f32).abs() < 1e-5);
+    assert!(close);
+}
+
+#[test]
+fn a_model_of_zeros_has_no_factor() {
+    let tensor = Tensor::new(vec![4, 2, 1], Values::F32([1.0, 0.0].repeat(4))).unwrap();
+    let acts = Activations::from_tensor("rows", tensor).unwrap();
+    let error = estimate(&acts, HeldOut::default(), 4, &NEVER).unwrap_err().to_string();
+    assert!(error.contains("model B's rows have a mean norm of 0"), "{error}");
+}
+
+#[test]
+fn gradients_are_central_differences() {
+    // In float64, for every element of every parameter, in a model whose pre-activations stay away from 0.
+    let (d_in, d_hidden, batch) = (3, 7, 5);
+    let weights = initial_weights(49, d_hidden, 2, d_in, Dtype::F32, 0.8).unwrap();
+    let x: Vec<f64> = rows(batch, d_in).into_iter().map(f64::from).collect();
+    let x = ArrayView3::from_shape((batch, 2, d_in), &x).unwrap();
+    let cfg = cfg(&[("d_in", d_in.into()), ("dict_size", d_hidden.into())]);
+    let with = |weights| CrossCoder::from_tensors(Cpu::<f64>::new(Dtype::F32), cfg.clone(), weights).unwrap();
+    // Element `at` of a parameter changed; the judge takes what is a float32.
+    let changed = |which: usize, at: usize, by: f32| {
+        let mut weights = weights.clone();
+        let tensor = &mut *weights.each_mut()[which];
+        let mut values = tensor.values().clone().into_f32();
+        values[at] += by;
+        let value = f64::from(values[at]);
+        *tensor =
+            Tensor::with_strides(tensor.shape().to_vec(), tensor.strides().to_vec(), Values::F32(values)).unwrap();
+        (value, with(weights).loss_and_grads(x, 0.7).unwrap().0)
+    };
+    let crosscoder = with(weights.clone());
+    let pre = crosscoder.encode(x, false).unwrap();
+    assert!(pre.iter().all(|v| v.abs() > 1e-3), "a pre-activation near 0: choose another seed");
+    assert!(pre.iter().any(|v| *v > 0.0) && pre.iter().any(|v| *v < 0.0));
+    let (_, grads) = crosscoder.loss_and_grads(x, 0.7).unwrap();
+    for (which, name) in ["W_enc", "W_dec", "b_enc", "b_dec"].into_iter().enumerate() {
+        let tensor = weights.each()[which].clone();
+        let mut analytic = vec![0.0; tensor.len()];
+        crosscoder::backend::Backend::download(crosscoder.backend(), grads.each()[which], 0, &mut analytic).unwrap();
+        for at in 0..tensor.len() {
+            let [(up, loss_up), (down, loss_down)] = [1.0, -1.0].map(|sign| changed(which, at, sign / 4096.0));
+            let numeric = (loss_up - loss_down) / (up - down);
+            let error = (numeric - analytic[at]).abs();
+            assert!(
+                error <= 1e-7 * (1.0 + numeric.abs()),
+                "{name}[{at}]: {numeric} by differences, {} by rule",
+                analytic[at]
+            );
+        }
+    }
+}
+
+#[test]
+fn a_trainer_steps_without_a_run() {
+    let crosscoder = CrossCoder::from_tensors(
+        Cpu::<f32>::new(Dtype::F32),
+        cfg(&[]),
+        initial_weights(49, 24, 2, 6, Dtype::F32, 0.08).unwrap(),
+    );
+    let mut trainer = Trainer::new(crosscoder.unwrap()).unwrap();
+    let batch = rows(16, 6);
+    let first = trainer.step(&batch).unwrap();
+    assert_eq!((trainer.step_counter(), first.l1_coeff), (1, 0.0));
+    assert!(trainer.step(&batch[..13]).is_err());
+    assert_eq!(trainer.step_counter(), 1);
+    let last = (1..40).map(|_| trainer.step(&batch).unwrap()).last().unwrap();
+    assert!(last.l2_loss < 0.7 * first.l2_loss, "{} {}", first.l2_loss, last.l2_loss);
+    assert_eq!(last.lr, trainer.schedule().lr(40));
+}
