@@ -5,6 +5,8 @@
 mod args;
 mod convert;
 mod download;
+mod encode;
+mod eval;
 mod golden;
 mod info;
 mod progress;
@@ -18,6 +20,8 @@ const HELP: &str = "\
 crosscoder VERB …
 
   train    [ACTS…]                  activations in, checkpoints out
+  eval     CHECKPOINT ACTS…         the losses of the original, by name
+  encode   CHECKPOINT ACTS… --out F latents, sparse
   golden   CASE…                    compare with the Python original
   info     FILE…                    what is in a .pt, .safetensors or .npy file
   convert  IN OUT                   between .pt and .safetensors, and between dtypes
@@ -32,6 +36,8 @@ fn run() -> Result<ExitCode> {
         Some(lexopt::Arg::Value(verb)) => match verb.to_str() {
             Some("convert") => convert::run(&mut parser),
             Some("download") => download::run(&mut parser),
+            Some("encode") => encode::run(&mut parser),
+            Some("eval") => eval::run(&mut parser),
             Some("golden") => golden::run(&mut parser),
             Some("info") => info::run(&mut parser),
             Some("train") => train::run(&mut parser),

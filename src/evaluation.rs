@@ -44,7 +44,9 @@ pub struct Latents {
     pub exclusive_b: usize,
 }
 
-/// Rows of a set in batches, each row scaled with its model's factor.
+/// Rows of a set in batches of nearly equal size, each row scaled with its model's factor.
+///
+/// Explained variances compare a row with the mean of its batch, so a batch of one leftover row would make them -inf.
 pub struct Batches<'a> {
     acts: &'a Activations,
     rows: Vec<usize>,
@@ -53,15 +55,19 @@ pub struct Batches<'a> {
 }
 
 impl<'a> Batches<'a> {
-    /// These rows (ascending) of a set, `batch_size` at a time, times one factor per model.
+    /// These rows (ascending) of a set, at most `batch_size` at a time, times one factor per model.
     pub fn new(acts: &'a Activations, rows: Vec<usize>, batch_size: usize, factors: &[f64]) -> Self {
         Batches { acts, rows, batch_size: batch_size.max(1), factors: factors.iter().map(|&f| f as f32).collect() }
     }
 
     /// Calls `f` with the values of each batch, row-major [rows, n_models, d_in].
-    fn for_each<S: Scalar>(&self, mut f: impl FnMut(&[S]) -> Result<()>) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of `f` and of reading.
+    pub fn for_each<S: Scalar>(&self, mut f: impl FnMut(&[S]) -> Result<()>) -> Result<()> {
         let (mut batch, mut piece) = (Vec::new(), Vec::new());
-        for rows in self.rows.chunks(self.batch_size) {
+        let count = self.rows.len().div_ceil(self.batch_size).max(1);
+        for rows in self.rows.chunks(self.rows.len().div_ceil(count).max(1)) {
             batch.clear();
             for run in rows.chunk_by(|a, b| a + 1 == *b) {
                 for run in run.chunks(self.acts.rows_per_piece()) {

@@ -4,6 +4,7 @@ use crosscoder::error::{Error, Result};
 use crosscoder::sparse::Path;
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// lexopt's error as ours.
@@ -34,6 +35,14 @@ pub(crate) fn path(parser: &mut lexopt::Parser) -> Result<Path> {
         "dense" => Ok(Path::Dense),
         "sparse" => Ok(Path::Sparse),
         other => Err(Error::usage(format!("--path needs auto, dense or sparse, found '{other}'"))),
+    }
+}
+
+/// CHECKPOINT and ACTS… of a verb.
+pub(crate) fn checkpoint_and_acts<'a>(verb: &str, paths: &'a [PathBuf]) -> Result<(&'a PathBuf, &'a [PathBuf])> {
+    match paths.split_first() {
+        Some((checkpoint, acts)) if !acts.is_empty() => Ok((checkpoint, acts)),
+        _ => Err(Error::usage(format!("{verb} needs CHECKPOINT and ACTS…"))),
     }
 }
 

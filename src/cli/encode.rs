@@ -1,0 +1,88 @@
+//! `crosscoder encode`: the latents of activations, sparse.
+
+use super::args;
+use super::eval::factors;
+use crosscoder::activations::Activations;
+use crosscoder::atomic;
+use crosscoder::checkpoint::is_safetensors;
+use crosscoder::error::{Error, Result};
+use crosscoder::evaluation::Batches;
+use crosscoder::pt::{self, Save, TensorSource};
+use crosscoder::{CrossCoder, Tensor, Values, safetensors};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const HELP: &str = "\
+crosscoder encode CHECKPOINT ACTS… --out F [--batch-size N] [--raw]
+
+Writes the latents of activations, those that are not zero, as a sparse matrix [rows, dict_size] in rows (CSR):
+
+  crow_indices  int64 [rows + 1]: row i has the entries crow_indices[i] .. crow_indices[i + 1]
+  col_indices   int64 [entries]: the latent of each entry, ascending in a row
+  values        float32 [entries]
+  size          int64 [2]: rows, dict_size
+
+In PyTorch: t = torch.load(F); torch.sparse_csr_tensor(t['crow_indices'], t['col_indices'], t['values'], tuple(t['size'])).
+CHECKPOINT, ACTS and --raw as for `crosscoder eval`.
+
+  --out F         .pt or .safetensors; what is there is not replaced
+  --batch-size N  rows at a time [1024]; results do not depend on it
+";
+
+pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    use lexopt::Arg::{Long, Short, Value};
+    let (mut paths, mut out, mut batch_size, mut raw) = (Vec::<PathBuf>::new(), None::<PathBuf>, 1024usize, false);
+    while let Some(arg) = parser.next().map_err(args::usage)? {
+        match arg {
+            Long("out") => out = Some(parser.value().map_err(args::usage)?.into()),
+            Long("batch-size") => batch_size = args::number(parser, "batch-size")?,
+            Long("raw") => raw = true,
+            Long("help") | Short('h') => return args::help(HELP),
+            Value(path) => paths.push(path.into()),
+            other => return Err(args::usage(other.unexpected())),
+        }
+    }
+    let (checkpoint, acts) = args::checkpoint_and_acts("encode", &paths)?;
+    let out = out.ok_or_else(|| Error::usage("encode needs --out F"))?;
+    if out.exists() {
+        return Err(Error::usage("is there already").in_file(&out));
+    }
+    let crosscoder = CrossCoder::load(checkpoint)?;
+    let acts = Activations::open(acts)?;
+    if (acts.n_models(), acts.d_in()) != (crosscoder.n_models(), crosscoder.d_in()) {
+        let (found, needed) = ((acts.n_models(), acts.d_in()), (crosscoder.n_models(), crosscoder.d_in()));
+        return Err(Error::shape(format!("rows of shape {found:?}; the crosscoder needs {needed:?}")).at(acts.place(0)));
+    }
+    let factors = factors(&crosscoder, raw)?;
+    let d_hidden = crosscoder.d_hidden();
+    let (mut starts, mut columns, mut values) = (vec![0i64], Vec::<i64>::new(), Vec::<f32>::new());
+    Batches::new(&acts, (0..acts.rows()).collect(), batch_size.max(1), &factors).for_each::<f32>(|x| {
+        let mut dense = vec![0f32; x.len() / acts.width() * d_hidden];
+        crosscoder.encode_into(x, true, &mut dense)?;
+        for row in dense.chunks_exact(d_hidden) {
+            for (h, &v) in row.iter().enumerate().filter(|&(_, &v)| v != 0.0) {
+                columns.push(h as i64);
+                values.push(v);
+            }
+            starts.push(columns.len() as i64);
+        }
+        Ok(())
+    })?;
+    let vector = |values: Values| Tensor::new(vec![values.len()], values);
+    let tensors = [
+        ("crow_indices", vector(Values::I64(starts))?),
+        ("col_indices", vector(Values::I64(columns))?),
+        ("values", vector(Values::F32(values))?),
+        ("size", vector(Values::I64(vec![acts.rows() as i64, d_hidden as i64]))?),
+    ];
+    atomic::write(&out, |file| {
+        if is_safetensors(&out) {
+            let named: Vec<(&str, &dyn TensorSource)> =
+                tensors.iter().map(|(name, tensor)| (*name, tensor as &dyn TensorSource)).collect();
+            return safetensors::write(file, &named, &[]).map(drop);
+        }
+        let entries = tensors.iter().map(|(name, tensor)| ((*name).into(), Save::Tensor(tensor))).collect();
+        pt::Writer::new(file, &pt::Writer::<Vec<u8>>::folder_for(&out))?.save(&Save::Dict(entries)).map(drop)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

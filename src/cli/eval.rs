@@ -1,0 +1,68 @@
+//! `crosscoder eval`: the original's losses over a file of rows.
+
+use super::args;
+use crosscoder::CrossCoder;
+use crosscoder::activations::Activations;
+use crosscoder::error::{Error, Result};
+use crosscoder::evaluation::{Batches, evaluate};
+use crosscoder::normalisation;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const HELP: &str = "\
+crosscoder eval CHECKPOINT ACTS… [--batch-size N] [--raw] [--json]
+
+The losses of the original's get_losses over activations, by name: means over all rows, batch by batch.
+
+CHECKPOINT: a version directory (its newest checkpoint), or a weights file with its cfg beside it.
+ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory of them.
+
+Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
+
+  --batch-size N  rows at a time, at most [the cfg's batch_size, at most 4096]. Explained variances compare rows with the
+                  mean of their batch, and so depend on it
+  --raw           takes the rows as they are
+  --json          one object
+";
+
+pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    use lexopt::Arg::{Long, Short, Value};
+    let (mut paths, mut batch_size, mut raw, mut json) = (Vec::<PathBuf>::new(), None, false, false);
+    while let Some(arg) = parser.next().map_err(args::usage)? {
+        match arg {
+            Long("batch-size") => batch_size = Some(args::number::<usize>(parser, "batch-size")?),
+            Long("raw") => raw = true,
+            Long("json") => json = true,
+            Long("help") | Short('h') => return args::help(HELP),
+            Value(path) => paths.push(path.into()),
+            other => return Err(args::usage(other.unexpected())),
+        }
+    }
+    let (checkpoint, acts) = args::checkpoint_and_acts("eval", &paths)?;
+    let crosscoder = CrossCoder::load(checkpoint)?;
+    let acts = Activations::open(acts)?;
+    let factors = factors(&crosscoder, raw)?;
+    let batch_size = batch_size.or_else(|| crosscoder.cfg().size("batch_size").ok()).unwrap_or(4096).min(4096);
+    if batch_size == 0 {
+        return Err(Error::usage("--batch-size needs 1 or more"));
+    }
+    let batches = Batches::new(&acts, (0..acts.rows()).collect(), batch_size, &factors);
+    let evaluation = evaluate(&crosscoder, &batches)?;
+    if json {
+        let mut object = serde_json::json!({"rows": evaluation.rows});
+        for (name, value) in &evaluation.losses {
+            object[name] = (*value).into();
+        }
+        args::print(&format!("{object}\n"))?;
+    } else {
+        let lines: String = evaluation.losses.iter().map(|(name, value)| format!("{name}\t{value}\n")).collect();
+        args::print(&format!("rows\t{}\n{lines}", evaluation.rows))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One factor for each model: those of the checkpoint, or 1.
+pub(crate) fn factors(crosscoder: &CrossCoder, raw: bool) -> Result<Vec<f64>> {
+    let saved = if raw { None } else { normalisation::factors(crosscoder.cfg())? };
+    Ok(saved.unwrap_or_else(|| vec![1.0; crosscoder.n_models()]))
+}
