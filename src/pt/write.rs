@@ -584,7 +584,8 @@ fn signed(n: u64) -> Result<i64> {
     i64::try_from(n).map_err(|_| Error::usage(format!("{n} does not fit 64 bits with a sign")))
 }
 
-/// PyTorch's id of a file: a hash of the records' names, then one of their checksums, each in 20 decimal digits. The names
+/// PyTorch's id of a file: a hash of the records' names, then one of their checksums (save of those without data),
+/// each in 20 decimal digits. The names
 /// are taken in the order in which they would lie in the C++ library's `unordered_set`, which is what PyTorch iterates over.
 fn serialization_id(records: &[Written]) -> String {
     let combine = |seed: u64, value: u64| {
@@ -592,7 +593,7 @@ fn serialization_id(records: &[Written]) -> String {
     };
     let hashes: Vec<u64> = records.iter().map(|r| murmur(r.name.as_bytes())).collect();
     let names = hash_set_order(&hashes).into_iter().fold(0, combine);
-    let crcs = records.iter().map(|r| u64::from(r.crc)).fold(0, combine);
+    let crcs = records.iter().filter(|r| r.size > 0).map(|r| u64::from(r.crc)).fold(0, combine);
     format!("{names:020}{crcs:020}")
 }
 
