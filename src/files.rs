@@ -233,7 +233,7 @@ impl TensorFile {
     fn with<T>(&mut self, index: usize, f: impl FnOnce(&mut Inner) -> Option<Result<T>>) -> Result<T> {
         let count = self.tensors.len();
         let missing = || Err(Error::usage(format!("tensor {index} of {count}")));
-        let result = f(&mut self.inner).unwrap_or_else(missing);
+        let result = if index < count { f(&mut self.inner).unwrap_or_else(missing) } else { missing() };
         result.map_err(|e| match self.tensors.get(index) {
             Some(info) if !info.name.is_empty() => e.at(&info.name).in_file(&self.path),
             _ => e.in_file(&self.path),

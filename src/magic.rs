@@ -44,6 +44,14 @@ pub(crate) fn kind(head: &[u8]) -> Kind {
     if head.starts_with(b"\x93NUMPY") {
         return Kind::Npy;
     }
+    // The length of the header, then the header, a JSON object. Before the others: a length may begin with any byte, and
+    // none of them has zeros in the sixth to eighth byte and `{` in the ninth. A length beyond 2^40 is a chance `{`.
+    if let Some((length, rest)) = head.split_first_chunk::<8>()
+        && rest.first() == Some(&b'{')
+        && u64::from_le_bytes(*length) < 1 << 40
+    {
+        return Kind::Safetensors;
+    }
     if head.get(..64.min(head.len())).is_some_and(|h| h.windows(LEGACY_MAGIC.len()).any(|w| w == LEGACY_MAGIC)) {
         return Kind::Other(
             "the legacy stream that torch.save wrote before release 1.6; load it in PyTorch and save it anew",
@@ -58,13 +66,6 @@ pub(crate) fn kind(head: &[u8]) -> Kind {
     if let Some((_, what)) = other.iter().find(|(start, _)| !start.is_empty() && head.starts_with(start)) {
         return Kind::Other(what);
     }
-    // The length of the header, then the header, a JSON object. A length beyond 2^40 is a chance `{`.
-    if let Some((length, rest)) = head.split_first_chunk::<8>()
-        && rest.first() == Some(&b'{')
-        && u64::from_le_bytes(*length) < 1 << 40
-    {
-        return Kind::Safetensors;
-    }
     Kind::Unknown
 }
 
@@ -77,6 +78,7 @@ mod tests {
         assert_eq!(kind(b"PK\x03\x04rest"), Kind::Zip);
         assert_eq!(kind(b"\x93NUMPY\x01\x00"), Kind::Npy);
         assert_eq!(kind(b"\x10\0\0\0\0\0\0\0{\"a\""), Kind::Safetensors);
+        assert_eq!(kind(b"<\0\0\0\0\0\0\0{\"a\""), Kind::Safetensors);
         assert_eq!(kind(b"hello"), Kind::Unknown);
         let mut tar = vec![b'x'; 512];
         tar[257..262].copy_from_slice(b"ustar");

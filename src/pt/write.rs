@@ -240,8 +240,8 @@ impl<W: Write> Writer<W> {
         extra.extend(u16_len(padding)?);
         extra.resize(extra.len().saturating_add(padding), b'Z');
         let mut header = b"PK\x03\x04".to_vec();
-        // Version, flags (sizes follow the data, names are UTF-8), method; time, date, checksum and sizes stay 0.
-        header.extend([0, 0, 8, 8, 0, 0]);
+        // Version, flags, method; time, date, checksum and sizes stay 0.
+        header.extend([0, 0, flags(size), 8, 0, 0]);
         header.extend([0; 16]);
         header.extend(u16_len(full_name.len())?);
         header.extend(u16_len(extra.len())?);
@@ -261,6 +261,10 @@ impl<W: Write> Writer<W> {
             return Err(Error::usage(format!("{written} bytes were given, the shape needs {size}")).at(name));
         }
         let crc = crc.value();
+        self.records.push(Written { name, crc, size, header: header_at });
+        if size == 0 {
+            return Ok(());
+        }
         let mut descriptor = b"PK\x07\x08".to_vec();
         descriptor.extend(crc.to_le_bytes());
         match u32::try_from(size) {
@@ -269,9 +273,7 @@ impl<W: Write> Writer<W> {
             }
             _ => descriptor.extend([size.to_le_bytes(); 2].as_flattened()),
         }
-        self.put(&descriptor)?;
-        self.records.push(Written { name, crc, size, header: header_at });
-        Ok(())
+        self.put(&descriptor)
     }
 
     fn directory(&mut self) -> Result<()> {
@@ -288,7 +290,7 @@ impl<W: Write> Writer<W> {
             }
             let wide = if numbers.is_empty() { Vec::new() } else { zip64_block(&numbers) };
             let mut entry = b"PK\x01\x02".to_vec();
-            entry.extend([0, 0, 0, 0, 8, 8, 0, 0, 0, 0, 0, 0]);
+            entry.extend([0, 0, 0, 0, flags(record.size), 8, 0, 0, 0, 0, 0, 0]);
             entry.extend(record.crc.to_le_bytes());
             entry.extend([narrow(record.size); 2].as_flattened());
             entry.extend(u16_len(full_name.len())?);
@@ -316,6 +318,12 @@ impl<W: Write> Writer<W> {
         end.extend([0, 0]);
         self.put(&end)
     }
+}
+
+/// The low byte of a record's flags: sizes and checksum follow the data, but where there is none. (The high byte says that
+/// names are UTF-8.)
+fn flags(size: u64) -> u8 {
+    if size == 0 { 0 } else { 8 }
 }
 
 /// The number in 4 bytes, all ones if it does not fit.
@@ -587,7 +595,8 @@ fn signed(n: u64) -> Result<i64> {
     i64::try_from(n).map_err(|_| Error::usage(format!("{n} does not fit 64 bits with a sign")))
 }
 
-/// PyTorch's id of a file: a hash of the records' names, then one of their checksums, each in 20 decimal digits. The names
+/// PyTorch's id of a file: a hash of the records' names, then one of their checksums (save of those without data),
+/// each in 20 decimal digits. The names
 /// are taken in the order in which they would lie in the C++ library's `unordered_set`, which is what PyTorch iterates over.
 fn serialization_id(records: &[Written]) -> String {
     let combine = |seed: u64, value: u64| {
@@ -595,7 +604,7 @@ fn serialization_id(records: &[Written]) -> String {
     };
     let hashes: Vec<u64> = records.iter().map(|r| murmur(r.name.as_bytes())).collect();
     let names = hash_set_order(&hashes).into_iter().fold(0, combine);
-    let crcs = records.iter().map(|r| u64::from(r.crc)).fold(0, combine);
+    let crcs = records.iter().filter(|r| r.size > 0).map(|r| u64::from(r.crc)).fold(0, combine);
     format!("{names:020}{crcs:020}")
 }
 
