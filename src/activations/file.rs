@@ -15,7 +15,8 @@ pub(super) struct RowFile {
     shape: Vec<usize>,
     dtype: Dtype,
     stamp: Stamp,
-    file: Mutex<TensorFile>,
+    /// Opened when rows are read.
+    file: Mutex<Option<TensorFile>>,
 }
 
 /// What shows that a file is another one than before.
@@ -33,7 +34,7 @@ impl Stamp {
 }
 
 impl RowFile {
-    /// Opens a file that holds one tensor that can be activations; reads its header.
+    /// Looks at a file that holds one tensor that can be activations; reads its header and closes it.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let stamp = Stamp::of(path)?;
         let file = TensorFile::open(path)?;
@@ -48,7 +49,7 @@ impl RowFile {
         };
         check_shape(&tensor.shape, tensor.dtype).map_err(|e| e.in_file(path))?;
         let (shape, dtype) = (tensor.shape.clone(), tensor.dtype);
-        Ok(RowFile { path: path.to_owned(), shape, dtype, stamp, file: Mutex::new(file) })
+        Ok(RowFile { path: path.to_owned(), shape, dtype, stamp, file: Mutex::default() })
     }
 
     /// What messages call it.
@@ -74,10 +75,19 @@ impl RowFile {
         }
         // Whoever panicked while reading left the file at some position, which the next read sets anew.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match &mut *file {
+            Some(file) => file,
+            closed => closed.insert(TensorFile::open(&self.path)?),
+        };
         let rows = file.read_rows(0, at..at + count)?;
         rows.row_major_le_bytes(|bytes| {
             out.extend_from_slice(bytes);
             Ok::<_, Error>(())
         })
+    }
+
+    /// Closes the file until rows are read again.
+    pub(super) fn close(&self) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }

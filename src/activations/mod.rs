@@ -9,6 +9,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Tensor, Values};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 mod file;
 
@@ -27,6 +28,8 @@ pub struct Activations {
     rows: usize,
     /// Whether a value that is not finite is an error.
     check: bool,
+    /// The part that was read last, the only one whose files are open: a directory may hold more than a process may open.
+    last: Mutex<usize>,
 }
 
 #[derive(Debug)]
@@ -43,10 +46,8 @@ struct Part {
 enum Source {
     /// [n, n_models, d_in], little-endian.
     Memory(Vec<u8>),
-    /// [n, n_models, d_in]
-    File(RowFile),
-    /// [n, d_in] for each model.
-    PerModel(Vec<RowFile>),
+    /// One of [n, n_models, d_in], or one of [n, d_in] for each model.
+    Files(Vec<RowFile>),
 }
 
 /// Shape and dtype of a part.
@@ -77,7 +78,7 @@ impl Activations {
         let parts = match (flat, opened.len()) {
             (0, _) => {
                 let part =
-                    |f: RowFile| (f.name(), f.shape()[0], kind_of(&f, f.shape()[1], f.shape()[2]), Source::File(f));
+                    |f: RowFile| (f.name(), f.shape()[0], kind_of(&f, f.shape()[1], f.shape()[2]), Source::Files(vec![f]));
                 opened.into_iter().map(part).collect()
             }
             (2, 2) => {
@@ -93,7 +94,7 @@ impl Activations {
                     .at(format!("{} and {}", a.name(), b.name())));
                 }
                 let name = format!("{} and {}", a.name(), b.name());
-                vec![(name, a.shape()[0], kind_of(a, 2, a.shape()[1]), Source::PerModel(std::mem::take(&mut opened)))]
+                vec![(name, a.shape()[0], kind_of(a, 2, a.shape()[1]), Source::Files(std::mem::take(&mut opened)))]
             }
             _ => {
                 let odd = opened.iter().find(|f| f.shape().len() == 2);
@@ -141,7 +142,7 @@ impl Activations {
             return Err(Error::shape("has no rows").at(first_name));
         }
         let Kind { n_models, d_in, dtype } = kind;
-        Ok(Activations { parts, n_models, d_in, dtype, rows: total, check: true })
+        Ok(Activations { parts, n_models, d_in, dtype, rows: total, check: true, last: Mutex::new(0) })
     }
 
     /// The same set; values that are not finite are handed out instead of being an error.
@@ -186,15 +187,16 @@ impl Activations {
 
     /// Where a row of the set lies: the file's name and the row in it.
     pub fn place(&self, row: usize) -> String {
-        match self.part_of(row) {
+        match self.part_of(row).map(|i| &self.parts[i]) {
             Some(part) => format!("{}, row {}", part.name, row - part.first),
             None => format!("row {row}"),
         }
     }
 
-    fn part_of(&self, row: usize) -> Option<&Part> {
+    /// The position of the part that holds a row.
+    fn part_of(&self, row: usize) -> Option<usize> {
         let after = self.parts.partition_point(|part| part.first <= row);
-        self.parts.get(after.checked_sub(1)?).filter(|part| row - part.first < part.rows)
+        after.checked_sub(1).filter(|&i| row - self.parts[i].first < self.parts[i].rows)
     }
 
     /// The bytes of `count` rows from row `at` on, in `out` instead of what it held.
@@ -209,7 +211,12 @@ impl Activations {
         out.reserve(count * self.row_bytes());
         let (mut row, end) = (at, at + count);
         while row < end {
-            let part = self.part_of(row).ok_or_else(|| Error::shape(format!("no part holds row {row}")))?;
+            let index = self.part_of(row).ok_or_else(|| Error::shape(format!("no part holds row {row}")))?;
+            let part = &self.parts[index];
+            let last = std::mem::replace(&mut *self.last.lock().unwrap_or_else(PoisonError::into_inner), index);
+            if last != index {
+                self.parts[last].close();
+            }
             let n = (end - row).min(part.first + part.rows - row);
             part.read(row - part.first, n, self.row_bytes(), out).map_err(|e| e.at(&part.name))?;
             row += n;
@@ -244,11 +251,17 @@ impl Activations {
 }
 
 impl Part {
+    fn close(&self) {
+        if let Source::Files(files) = &self.source {
+            files.iter().for_each(RowFile::close);
+        }
+    }
+
     fn read(&self, at: usize, count: usize, row_bytes: usize, out: &mut Vec<u8>) -> Result<()> {
         match &self.source {
             Source::Memory(bytes) => out.extend_from_slice(&bytes[at * row_bytes..(at + count) * row_bytes]),
-            Source::File(file) => file.read(at, count, out)?,
-            Source::PerModel(files) => {
+            Source::Files(files) if files.len() == 1 => files[0].read(at, count, out)?,
+            Source::Files(files) => {
                 let piece = row_bytes / files.len();
                 let mut rows: Vec<Vec<u8>> = vec![Vec::new(); files.len()];
                 for (rows, file) in rows.iter_mut().zip(files) {
