@@ -8,6 +8,7 @@ mod download;
 mod golden;
 mod info;
 mod progress;
+mod report;
 
 use crosscoder::error::{Error, ErrorKind, Result};
 use std::io::Write;
@@ -18,6 +19,7 @@ crosscoder VERB …
 
   golden   CASE…                    compare with the Python original
   info     FILE…                    what is in a .pt, .safetensors or .npy file
+  report   CHECKPOINT [ACTS…]       the model diff as one HTML page
   convert  IN OUT                   between .pt and .safetensors, and between dtypes
   download [REPO [PATH…]]           from the Hugging Face hub, into its cache
 
@@ -32,6 +34,7 @@ fn run() -> Result<ExitCode> {
             Some("download") => download::run(&mut parser),
             Some("golden") => golden::run(&mut parser),
             Some("info") => info::run(&mut parser),
+            Some("report") => report::run(&mut parser),
             Some("help") => args::help(HELP),
             _ => Err(Error::usage(format!("no verb '{}'; `crosscoder help` lists them", verb.display()))),
         },
