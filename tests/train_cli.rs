@@ -70,7 +70,8 @@ fn small_run(dir: &Path, out: &Path) -> Vec<String> {
     if !acts.exists() {
         save_npy(&acts, &tensor(&[2000, 2, 16], 1));
     }
-    let keys = "--dict_size 128 --batch_size 64 --buffer_mult 8 --num_tokens 76800 --save_every 20 --log_every 7 --lr 1e-3";
+    let keys =
+        "--dict_size 128 --batch_size 64 --buffer_mult 8 --num_tokens 76800 --save_every 20 --log_every 7 --lr 1e-3";
     let mut args: Vec<String> = keys.split(' ').map(str::to_owned).collect();
     args.extend([text(&acts), "--out".to_owned(), text(out)]);
     args

@@ -77,8 +77,9 @@ impl Activations {
         let flat = opened.iter().filter(|f| f.shape().len() == 2).count();
         let parts = match (flat, opened.len()) {
             (0, _) => {
-                let part =
-                    |f: RowFile| (f.name(), f.shape()[0], kind_of(&f, f.shape()[1], f.shape()[2]), Source::Files(vec![f]));
+                let part = |f: RowFile| {
+                    (f.name(), f.shape()[0], kind_of(&f, f.shape()[1], f.shape()[2]), Source::Files(vec![f]))
+                };
                 opened.into_iter().map(part).collect()
             }
             (2, 2) => {
