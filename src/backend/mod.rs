@@ -15,6 +15,9 @@
 //! on the support of the latents.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod pick;
 
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -22,6 +25,7 @@ use crate::tensor::Values;
 use std::ops::Range;
 
 pub use cpu::Cpu;
+pub use pick::{Picked, pick};
 
 /// What the host computes in beside a backend: float32, or float64 for the judge.
 pub trait Scalar: ndarray::NdFloat + std::iter::Sum + Default {

@@ -1,0 +1,368 @@
+// Dense products: float32 by fused multiply-adds, half precision and split float32 by tensor cores (mma.sync).
+//
+// c[m, n] = Σ_k a(m, k) · b(n, k). Layouts: `nt`, a [M, K] and b [N, K] (encode, latents gradient); `nn`, a [M, K] and
+// b [K, N] (decode); `tn`, a [K, M] and b [K, N] (weight gradients). All row-major and dense. What a block stores is
+// finished as Finish says. A block of 256 threads makes a tile of 128 × 128. Grid: tiles of M, tiles of N.
+#include "common.cuh"
+
+#define THREADS 256
+#define TILE 128
+
+// What is done with a block's sums: they lie in shared memory, `rows` rows of TILE, STRIDE apart, and each becomes
+// value(m, n, sum). A loop over shared memory keeps this code small and the stores of a warp in one row.
+template <class E>
+struct Finish {
+    typedef typename E::T T;
+    u32 M, N;
+    const T* bias;  // c = r(r(sum) + bias[n])
+    const T* mask;  // c = 0 where mask[m, n] <= 0
+    u32 relu;       // c = 0 where c <= 0; nan stays
+    u32 add;        // c = r(c + r(sum))
+    T* c;
+
+    __device__ __forceinline__ void store(u32 m, u32 n, float sum) const {
+        const u64 at = (u64)m * N + n;
+        float v = sum;
+        if (bias) v = r<E>(v) + E::wide(bias[n]);
+        if (add) v = E::wide(c[at]) + r<E>(v);
+        if (relu && r<E>(v) <= 0.f) v = 0.f;
+        if (mask && E::wide(mask[at]) <= 0.f) v = 0.f;
+        c[at] = E::narrow(v);
+    }
+
+    // `scale(m, n, sum)` comes first.
+    template <u32 STRIDE, class F>
+    __device__ __forceinline__ void tile(const float* sums, u32 rows, u32 m0, u32 n0, F scale) const {
+        const u32 n = n0 + threadIdx.x % TILE;
+        if (n >= N) return;
+#pragma unroll 1
+        for (u32 i = threadIdx.x / TILE; i < rows && m0 + i < M; i += THREADS / TILE)
+            store(m0 + i, n, scale(m0 + i, n, sums[i * STRIDE + threadIdx.x % TILE]));
+    }
+};
+
+// ---- float32 ---------------------------------------------------------------------------------------------------------
+
+#define DEPTH 8
+
+// Four elements of an operand's tile from global memory. K_MINOR: [rows, K], four along k; otherwise [K, rows], four along
+// the row.
+template <bool K_MINOR>
+__device__ __forceinline__ void fetch(const float* p, u32 rows, u32 K, u32 row, u32 k, float* v) {
+    const u32 minor = K_MINOR ? K : rows, major = K_MINOR ? row : k, at = K_MINOR ? k : row;
+    const bool there = major < (K_MINOR ? rows : K);
+    const float* from = p + (u64)major * minor + at;
+    if (there && minor % 4 == 0 && at < minor) {
+        *(float4*)v = *(const float4*)from;
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) v[i] = there && at + i < minor ? from[i] : 0.f;
+    }
+}
+
+// `only_if`: run only if this is not 0 (null: always).
+template <bool A_K, bool B_K>
+__device__ __forceinline__ void product_ffma(u32 M, u32 N, u32 K, const float* a, const float* b, const u32* only_if,
+                                             Finish<f32> finish) {
+    __shared__ __align__(16) float memory[64 * TILE];  // the tiles, later 64 rows of sums
+    typedef float Tiles[2][DEPTH][TILE + 4];           // double buffer
+    static_assert(2 * sizeof(Tiles) <= sizeof(memory), "a's and b's tiles");
+    Tiles &as = ((Tiles*)memory)[0], &bs = ((Tiles*)memory)[1];
+    if (only_if && !*only_if) return;
+    const u32 t = threadIdx.x, tx = t % 16, ty = t / 16, m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE;
+    // k-minor: 128 rows × 2 fours; otherwise 8 k × 32 fours.
+    const u32 ar = A_K ? t / 2 : t % 32 * 4, ak = A_K ? t % 2 * 4 : t / 32;
+    const u32 br = B_K ? t / 2 : t % 32 * 4, bk = B_K ? t % 2 * 4 : t / 32;
+    float sum[8][8] = {};
+    float a4[4], b4[4];
+    auto load = [&](u32 k0) {
+        fetch<A_K>(a, M, K, m0 + ar, k0 + ak, a4);
+        fetch<B_K>(b, N, K, n0 + br, k0 + bk, b4);
+    };
+    auto put = [&](u32 s) {
+        if (A_K) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) as[s][ak + i][ar] = a4[i];
+        } else {
+            *(float4*)&as[s][ak][ar] = *(float4*)a4;
+        }
+        if (B_K) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) bs[s][bk + i][br] = b4[i];
+        } else {
+            *(float4*)&bs[s][bk][br] = *(float4*)b4;
+        }
+    };
+    load(0);
+    put(0);
+    __syncthreads();
+    u32 s = 0;
+    for (u32 k0 = 0; k0 < K; k0 += DEPTH, s ^= 1) {
+        if (k0 + DEPTH < K) load(k0 + DEPTH);
+#pragma unroll
+        for (u32 k = 0; k < DEPTH; k++) {
+            float x[8], y[8];
+            *(float4*)&x[0] = *(const float4*)&as[s][k][ty * 4];
+            *(float4*)&x[4] = *(const float4*)&as[s][k][64 + ty * 4];
+            *(float4*)&y[0] = *(const float4*)&bs[s][k][tx * 4];
+            *(float4*)&y[4] = *(const float4*)&bs[s][k][64 + tx * 4];
+#pragma unroll
+            for (u32 i = 0; i < 8; i++)
+#pragma unroll
+                for (u32 j = 0; j < 8; j++) sum[i][j] = fmaf(x[i], y[j], sum[i][j]);
+        }
+        if (k0 + DEPTH < K) put(s ^ 1);
+        __syncthreads();
+    }
+    // Rows 0..64 are those of sum[0..4], 64..128 those of sum[4..8].
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+#pragma unroll
+            for (u32 j = 0; j < 2; j++)
+                *(float4*)&memory[(ty * 4 + i) * TILE + j * 64 + tx * 4] = *(float4*)&sum[half * 4 + i][j * 4];
+        __syncthreads();
+        finish.template tile<TILE>(memory, 64, m0 + half * 64, n0, [](u32, u32, float v) { return v; });
+        __syncthreads();
+    }
+}
+
+// ---- tensor cores ----------------------------------------------------------------------------------------------------
+
+#define KTILE 32
+
+__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// 16 bytes of which `n` are copied and the others are 0.
+__device__ __forceinline__ void copy16(u32 to, const void* from, u32 n) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(n) : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix(u32* v, u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_t(u32* v, u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void mma(f16, float* c, const u32* a, const u32* b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma(bf16, float* c, const u32* a, const u32* b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// An operand's tile in shared memory: 512 chunks of 8 elements. K-minor: 128 rows of 4 chunks; otherwise 32 k of 16
+// chunks along the row. Chunks are permuted so that the eight addresses of a matrix that ldmatrix reads, and the rows that
+// copies write, lie in different banks.
+template <bool K_MINOR>
+__device__ __forceinline__ u32 place(u32 major, u32 chunk) {
+    return K_MINOR ? major * 4 + (chunk ^ (major / 2 & 3)) : major * 16 + (chunk ^ (major & 7));
+}
+
+// Copies the tile of rows from row0 on and k from k0 on. Where rows are no multiple of 16 bytes, element by element.
+template <bool K_MINOR>
+__device__ __forceinline__ void stage(u16* tile, const u16* p, u32 rows, u32 K, u32 row0, u32 k0) {
+    const u32 minor = K_MINOR ? K : rows, majors = K_MINOR ? rows : K;
+#pragma unroll
+    for (u32 i = 0; i < 512 / THREADS; i++) {
+        const u32 id = threadIdx.x + i * THREADS;
+        const u32 row = K_MINOR ? id / 4 : id / 16, chunk = K_MINOR ? id % 4 : id % 16;
+        const u32 major = (K_MINOR ? row0 : k0) + row, at = (K_MINOR ? k0 : row0) + chunk * 8;
+        u16* to = tile + place<K_MINOR>(row, chunk) * 8;
+        const bool there = major < majors && at < minor;
+        const u16* from = p + (there ? (u64)major * minor + at : 0);
+        if (minor % 8 == 0) {
+            copy16(shared(to), from, there ? 16 : 0);
+        } else {
+#pragma unroll 1
+            for (u32 j = 0; j < 8; j++) to[j] = there && at + j < minor ? from[j] : 0;
+        }
+    }
+}
+
+// The sum of one block in the tensor cores' layout: 8 warps of 64 × 32; warp tile [4][4] of 16 × 8. PARTS 2: each operand is
+// two terms, high and low, and three of the four products are made, the smallest first; STAGES tiles of k are in flight.
+//
+// The tensor cores do not round sums to nearest. With two parts, where that would show, the sum of each tile of k is made
+// apart and added by the ordinary adder.
+template <class E, bool A_K, bool B_K, u32 PARTS, u32 STAGES>
+__device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* const* a, const u16* const* b,
+                                            float (&sum)[4][4][4]) {
+    extern __shared__ __align__(16) u16 tiles[];  // [STAGES][a's parts, b's parts][512 · 8]
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 4 * 64, wn = warp % 4 * 32;
+    const u32 m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, steps = (K + KTILE - 1) / KTILE;
+    auto tile = [&](u32 s, u32 i) { return tiles + (s * 2 * PARTS + i) * 512 * 8; };
+    auto load = [&](u32 s, u32 step) {
+#pragma unroll
+        for (u32 p = 0; p < PARTS; p++) {
+            stage<A_K>(tile(s, p), a[p], M, K, m0, step * KTILE);
+            stage<B_K>(tile(s, PARTS + p), b[p], N, K, n0, step * KTILE);
+        }
+    };
+#pragma unroll
+    for (u32 s = 0; s < STAGES - 1; s++) {
+        if (s < steps) load(s, s);
+        commit();
+    }
+    for (u32 step = 0; step < steps; step++) {
+        wait<STAGES - 2>();
+        __syncthreads();  // the tile is there, and all are done with the one that is overwritten next
+        if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES, step + STAGES - 1);
+        commit();
+        float part[4][4][4];
+        float(&to)[4][4][4] = PARTS == 1 ? sum : part;
+        if (PARTS > 1)
+#pragma unroll
+            for (u32 i = 0; i < 64; i++) part[i / 16][i / 4 % 4][i % 4] = 0.f;
+#pragma unroll
+        for (u32 k = 0; k < KTILE / 16; k++) {
+            u32 x[PARTS][4][4], y[PARTS][2][4];
+#pragma unroll
+            for (u32 p = 0; p < PARTS; p++) {
+                const u16 *at = tile(step % STAGES, p), *bt = tile(step % STAGES, PARTS + p);
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    const u32 m = wm + i * 16;
+                    if (A_K) ldmatrix(x[p][i], shared(at + place<true>(m + lane % 16, k * 2 + lane / 16) * 8));
+                    else
+                        ldmatrix_t(x[p][i], shared(at + place<false>(k * 16 + lane / 16 * 8 + lane % 8,
+                                                                     m / 8 + lane / 8 % 2) * 8));
+                }
+#pragma unroll
+                for (u32 j = 0; j < 2; j++) {
+                    const u32 n = wn + j * 16;
+                    if (B_K)
+                        ldmatrix(y[p][j], shared(bt + place<true>(n + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 8));
+                    else ldmatrix_t(y[p][j], shared(bt + place<false>(k * 16 + lane % 16, n / 8 + lane / 16) * 8));
+                }
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i++)
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) {
+                    const u32 h = j % 2 * 2;
+                    if (PARTS > 1) {
+                        mma(E(), to[i][j], x[PARTS - 1][i], &y[0][j / 2][h]);
+                        mma(E(), to[i][j], x[0][i], &y[PARTS - 1][j / 2][h]);
+                    }
+                    mma(E(), to[i][j], x[0][i], &y[0][j / 2][h]);
+                }
+        }
+        if (PARTS > 1)
+#pragma unroll
+            for (u32 i = 0; i < 64; i++) sum[i / 16][i / 4 % 4][i % 4] += part[i / 16][i / 4 % 4][i % 4];
+    }
+}
+
+// The sums of a block in shared memory, rows SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that half
+// a warp writes at a time lie in different banks.
+#define SUM_STRIDE (TILE + 8)
+
+__device__ __forceinline__ const float* put_sums(const float (&sum)[4][4][4]) {
+    extern __shared__ __align__(16) u16 tiles[];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* sums = (float*)tiles;
+    wait<0>();
+    __syncthreads();  // all are done with the tiles
+#pragma unroll
+    for (u32 i = 0; i < 4; i++)
+#pragma unroll
+        for (u32 j = 0; j < 4; j++)
+#pragma unroll
+            for (u32 e = 0; e < 2; e++) {
+                const u32 m = warp / 4 * 64 + i * 16 + lane / 4 + e * 8, n = warp % 4 * 32 + j * 8 + lane % 4 * 2;
+                *(float2*)&sums[m * SUM_STRIDE + n] = make_float2(sum[i][j][e * 2], sum[i][j][e * 2 + 1]);
+            }
+    __syncthreads();
+    return sums;
+}
+
+// ---- float32 as two float16 ------------------------------------------------------------------------------------------
+
+// For each row, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
+// [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by some
+// 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below 2^-28 of
+// the row's largest lose bits, which errs by 2^-40 of that. Rows are padded with zeros to `ld`, a multiple of 8. *nonfinite
+// is set if an element is not finite. One block a row.
+__device__ __forceinline__ float power_of_2(int e) { return __int_as_float((e + 127) << 23); }
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    split(u32 cols, u32 ld, const float* __restrict__ x, u16* __restrict__ high, u16* __restrict__ low, int* shift,
+          u32* nonfinite) {
+    __shared__ u32 part[BLOCK / 32];
+    x += (u64)blockIdx.x * cols;
+    high += (u64)blockIdx.x * ld;
+    low += (u64)blockIdx.x * ld;
+    u32 largest = 0;  // magnitudes order as their bits do
+    for (u32 k = threadIdx.x; k < cols; k += BLOCK) largest = max(largest, __float_as_uint(x[k]) & 0x7fffffffu);
+    for (u32 o = 16; o; o >>= 1) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, o));
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = largest;
+    __syncthreads();
+    for (u32 i = 0; i < BLOCK / 32; i++) largest = max(largest, part[i]);
+    if (threadIdx.x == 0 && largest >= 0x7f800000u) atomicOr(nonfinite, 1u);
+    const int s = min(14 - ((int)(largest >> 23) - 127), 126);
+    if (threadIdx.x == 0) shift[blockIdx.x] = s;
+    for (u32 k = threadIdx.x; k < ld; k += BLOCK) {
+        float v = k < cols ? x[k] * power_of_2(s) : 0.f;
+        u16 h = f16::narrow(v);
+        high[k] = h;
+        low[k] = f16::narrow(v - f16::wide(h));
+    }
+}
+
+// product nt of what `split` made, K being padded. Nothing is done if *nonfinite: then product_nt_f32 runs.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    product_nt_split(u32 M, u32 N, u32 K, const u16* a_high, const u16* a_low, const int* a_shift, const u16* b_high,
+                     const u16* b_low, const int* b_shift, const u32* nonfinite, const float* bias, const float* mask,
+                     u32 relu, u32 add, float* c) {
+    if (*nonfinite) return;
+    const u16 *a[2] = {a_high, a_low}, *b[2] = {b_high, b_low};
+    float sum[4][4][4] = {};
+    product_mma<f16, true, true, 2, 3>(M, N, K, a, b, sum);
+    const Finish<f32> finish = {M, N, bias, mask, relu, add, c};
+    finish.tile<SUM_STRIDE>(put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, [&](u32 m, u32 n, float v) {
+        int e = -(a_shift[m] + b_shift[n]);  // within ±252: two steps
+        return v * power_of_2(e / 2) * power_of_2(e - e / 2);
+    });
+}
+
+#define FFMA(NAME, A_K, B_K)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        NAME(u32 M, u32 N, u32 K, const float* a, const float* b, const u32* only_if, const float* bias,               \
+             const float* mask, u32 relu, u32 add, float* c) {                                                         \
+        product_ffma<A_K, B_K>(M, N, K, a, b, only_if, Finish<f32>{M, N, bias, mask, relu, add, c});                      \
+    }
+FFMA(product_nt_f32, true, true)
+FFMA(product_nn_f32, true, false)
+FFMA(product_tn_f32, false, false)
+
+#define MMA(NAME, E, A_K, B_K)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        NAME(u32 M, u32 N, u32 K, const u16* a, const u16* b, const u32* only_if, const u16* bias, const u16* mask,    \
+             u32 relu, u32 add, u16* c) {                                                                              \
+        if (only_if && !*only_if) return;                                                                              \
+        float sum[4][4][4] = {};                                                                                       \
+        product_mma<E, A_K, B_K, 1, 4>(M, N, K, &a, &b, sum);                                                          \
+        const Finish<E> finish = {M, N, bias, mask, relu, add, c};                                                     \
+        finish.tile<SUM_STRIDE>(put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE,                             \
+                                [](u32, u32, float v) { return v; });                                                  \
+    }
+MMA(product_nt_f16, f16, true, true)
+MMA(product_nn_f16, f16, true, false)
+MMA(product_tn_f16, f16, false, false)
+MMA(product_nt_bf16, bf16, true, true)
+MMA(product_nn_bf16, bf16, true, false)
+MMA(product_tn_bf16, bf16, false, false)

@@ -1,0 +1,303 @@
+//! The GPU backend: the shipped PTX, run through cust and the driver's interface by an interpreter, or on a real device with
+//! `CROSSCODER_TEST_GPU=1`.
+
+#![cfg(feature = "cuda")]
+
+mod primitives;
+mod standin;
+
+use crosscoder::autodiff::{Parameters, Tape};
+use crosscoder::backend::cuda::{Cuda, Product};
+use crosscoder::backend::{AdamStep, Backend, Cpu, Write};
+use crosscoder::golden::Case;
+use crosscoder::sparse::Path;
+use crosscoder::tensor::Values;
+use crosscoder::{Dtype, Result};
+use primitives::*;
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+const PATHS: [Path; 2] = [Path::Sparse, Path::Dense];
+
+fn cuda(dtype: Dtype) -> Cuda {
+    Cuda::new(0, dtype).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The backends that compute in `dtype`: latents held both ways, float32 products made both ways.
+fn variants(dtype: Dtype) -> Vec<(String, Cuda)> {
+    let be = cuda(dtype);
+    let products = if dtype == Dtype::F32 { &[Product::Ffma, Product::Split][..] } else { &[Product::Auto] };
+    PATHS
+        .iter()
+        .flat_map(|&path| products.iter().map(move |&product| (path, product)))
+        .map(|(path, product)| {
+            (format!("{dtype} {path:?} {product:?}"), be.clone().with_path(path).with_product(product))
+        })
+        .collect()
+}
+
+#[test]
+fn primitives_agree_with_naive_loops() {
+    if !standin::ready("primitives_agree_with_naive_loops") {
+        return;
+    }
+    for dtype in DTYPES {
+        for (_, be) in variants(dtype) {
+            SHAPES.into_iter().for_each(|shape| check(&be, shape));
+        }
+    }
+}
+
+#[test]
+fn adam_agrees_with_naive_loops() {
+    if !standin::ready("adam_agrees_with_naive_loops") {
+        return;
+    }
+    DTYPES.into_iter().for_each(|dtype| check_adam(&cuda(dtype)));
+}
+
+#[test]
+fn a_nan_spreads_as_in_the_original() {
+    if !standin::ready("a_nan_spreads_as_in_the_original") {
+        return;
+    }
+    for path in PATHS {
+        for product in [Product::Ffma, Product::Split] {
+            check_nan(&cuda(Dtype::F32).with_path(path).with_product(product), path);
+        }
+    }
+    // In the encoder: nan passes relu, and a split product leaves what is not finite to the other one.
+    for product in [Product::Ffma, Product::Split] {
+        let be = cuda(Dtype::F32).with_product(product);
+        let (w, b) = (upload(&be, 2, 2, &[1.0, 0.0, 0.0, -1.0]), upload(&be, 1, 2, &[0.0, 0.0]));
+        let (mut x, mut out) = <(_, <Cuda as Backend>::Latents)>::default();
+        be.fill(2, 2, &[f32::INFINITY, 1.0, 2.0, f32::NEG_INFINITY], &mut x).unwrap();
+        be.encode(&x, &w, &b, &mut out).unwrap();
+        let out = dense(&be, &out);
+        assert!(out[0] == f64::INFINITY && out[1].is_nan() && out[2].is_nan() && out[3] == f64::INFINITY, "{out:?}");
+    }
+}
+
+#[test]
+fn elementwise_formulas_give_the_cpus_bits() {
+    if !standin::ready("elementwise_formulas_give_the_cpus_bits") {
+        return;
+    }
+    fn results<B: Backend<Scalar = f32>>(be: &B) -> Result<Vec<Vec<f64>>> {
+        let (rows, models, d, mut rng) = (7, 2, 45, Rng(5));
+        let n = rows * models * d;
+        let mut numbers = |n: usize| rng.vec(n).iter().map(|v| (*v * 3.0) as f32).collect::<Vec<_>>();
+        // All of a half type's subnormals and both overflows are met by rounding powers of two.
+        let range: Vec<f32> = (-160..140).map(|e| 1.2345 * 2f64.powi(e) as f32).collect();
+        let (mut x, mut y, mut out) = <(B::Matrix, B::Matrix, B::Matrix)>::default();
+        be.fill(3, 100, &range, &mut x)?;
+        let mut all = vec![values(be, &x)];
+        be.fill(rows, models * d, &numbers(n), &mut x)?;
+        be.fill(rows, models * d, &numbers(n), &mut y)?;
+        be.squared_distances_grad(&x, &y, 0.1, &mut out)?;
+        all.push(values(be, &out));
+        let (mut norms, mut d_t) = <(B::Matrix, B::Matrix)>::default();
+        let mut some_norms: Vec<f32> = numbers(rows * models).iter().map(|v| v.abs()).collect();
+        some_norms[3] = 0.0;
+        be.fill(rows, models, &some_norms, &mut norms)?;
+        be.fill(1, rows, &numbers(rows), &mut d_t)?;
+        for write in [Write::Set, Write::Add] {
+            be.group_norms_grad(&x, &norms, &d_t, write, &mut out)?;
+            all.push(values(be, &out));
+        }
+        let (mut acts, mut d_acts) = <(B::Latents, B::Latents)>::default();
+        be.to_latents(&y, &mut acts)?;
+        let mut t = B::Matrix::default();
+        be.fill(1, models * d, &numbers(models * d), &mut t)?;
+        be.weighted_sums_grad(&acts, &t, -0.3, &mut d_acts, &mut d_t)?;
+        all.push(dense(be, &d_acts));
+        let [mut p, mut m, mut v] = [0.5, 0.1, 0.01].map(|scale: f32| {
+            let values = numbers(n).iter().map(|v| if scale < 0.1 { v.abs() } else { *v } * scale).collect();
+            be.upload(rows, models * d, Values::F32(values)).unwrap()
+        });
+        let step = AdamStep {
+            clip: 0.7,
+            one_minus_beta1: 0.1,
+            beta2: 0.999,
+            one_minus_beta2: 0.001,
+            step_size: 5e-4,
+            bias_correction2_sqrt: 0.0316,
+            eps: be.round(1e-8),
+        };
+        be.adam(&mut p, &x, &mut m, &mut v, &step)?;
+        all.extend([&p, &m, &v].map(|m| values(be, m)));
+        Ok(all)
+    }
+    for dtype in DTYPES {
+        let ours = results(&cuda(dtype)).unwrap();
+        let cpu = results(&Cpu::<f32>::new(dtype)).unwrap();
+        for (i, (ours, cpu)) in ours.iter().zip(&cpu).enumerate() {
+            let bits = |v: &[f64]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(ours), bits(cpu), "{dtype}, result {i}");
+        }
+    }
+}
+
+#[test]
+fn golden_cases_pass() {
+    if !standin::ready("golden_cases_pass") {
+        return;
+    }
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden");
+    let mut cases = 0;
+    for entry in std::fs::read_dir(fixtures).unwrap() {
+        let dir = entry.unwrap().path();
+        if !dir.is_dir() {
+            continue;
+        }
+        cases += 1;
+        let case = Case::load(&dir).unwrap();
+        for (name, be) in variants(case.cfg.enc_dtype().unwrap()) {
+            let rows = case.compare(be).unwrap();
+            let worst = rows.iter().filter(|r| r.pass().is_some()).count();
+            assert!(worst >= 14, "{}: {worst} comparisons", case.name);
+            for row in rows {
+                assert_ne!(row.pass(), Some(false), "{name} {row:?}");
+            }
+        }
+    }
+    assert!(cases >= 7, "{cases} cases");
+}
+
+/// A few training steps by the tape and Adam; the losses, and the parameters at the end.
+fn train<B: Backend<Scalar = f32>>(be: &B, steps: usize) -> (Vec<f32>, Vec<Vec<f64>>) {
+    let ([batch, h, models, d], mut rng) = ([37, 150, 2, 20], Rng(17));
+    let k = models * d;
+    let mut scaled = |n, scale| rng.vec(n).into_iter().map(|v| v * scale).collect::<Vec<_>>();
+    let mut params = Parameters {
+        w_enc: upload(be, h, k, &scaled(h * k, 0.2)),
+        w_dec: upload(be, h, k, &scaled(h * k, 0.2)),
+        b_enc: upload(be, 1, h, &scaled(h, 0.1)),
+        b_dec: upload(be, 1, k, &scaled(k, 0.1)),
+    };
+    let like = |rows: usize, cols: usize| upload(be, rows, cols, &vec![0.0; rows * cols]);
+    let moments = || Parameters { w_enc: like(h, k), w_dec: like(h, k), b_enc: like(1, h), b_dec: like(1, k) };
+    let (mut m, mut v, mut grads) = (moments(), moments(), Parameters::default());
+    let (mut tape, mut losses) = (Tape::new(be.clone()), Vec::new());
+    for step in 1..=steps {
+        let x: Vec<f32> = scaled(batch * k, 1.0).iter().map(|v| *v as f32).collect();
+        tape.clear();
+        let x = tape.input(batch, k, &x).unwrap();
+        let acts = tape.encode(&params, x).unwrap();
+        let rec = tape.decode(&params, acts).unwrap();
+        let l2 = tape.squared_error(rec, x).unwrap();
+        let t = tape.total_decoder_norm(&params, models).unwrap();
+        let l1 = tape.weighted_l1(acts, t).unwrap();
+        let loss = tape.add_scaled(l2, 0.1, l1).unwrap();
+        tape.backward(loss, &params, &mut grads).unwrap();
+        losses.push(tape.scalar(loss));
+        let norms = grads.each().map(|g| be.norm(g).unwrap());
+        let norm = norms.iter().map(|n| n * n).sum::<f32>().sqrt();
+        let step = AdamStep {
+            clip: (1.0 / (norm + 1e-6)).min(1.0),
+            one_minus_beta1: 0.1,
+            beta2: 0.999,
+            one_minus_beta2: 0.001,
+            step_size: 0.01 / (1.0 - 0.9f32.powi(step as i32)),
+            bias_correction2_sqrt: (1.0 - 0.999f32.powi(step as i32)).sqrt(),
+            eps: be.round(1e-8),
+        };
+        let moments = m.each_mut().into_iter().zip(v.each_mut());
+        for ((p, g), (m, v)) in params.each_mut().into_iter().zip(grads.each()).zip(moments) {
+            be.adam(p, g, m, v, &step).unwrap();
+        }
+    }
+    (losses, params.each().iter().map(|p| values(be, p)).collect())
+}
+
+#[test]
+fn training_steps_agree_with_the_cpu_and_repeat_bit_for_bit() {
+    if !standin::ready("training_steps_agree_with_the_cpu_and_repeat_bit_for_bit") {
+        return;
+    }
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        let (cpu_losses, cpu_params) = train(&Cpu::<f32>::new(dtype), 5);
+        for (name, be) in variants(dtype) {
+            let (losses, params) = train(&be, 5);
+            let tolerance = if dtype == Dtype::F32 { 1e-5 } else { 2e-2 };
+            for (ours, cpu) in losses.iter().zip(&cpu_losses) {
+                assert!((ours - cpu).abs() <= tolerance * cpu.abs(), "{name}: {losses:?}, on the CPU {cpu_losses:?}");
+            }
+            for (ours, cpu) in params.iter().flatten().zip(cpu_params.iter().flatten()) {
+                assert!((ours - cpu).abs() <= f64::from(tolerance), "{name}: {ours}, on the CPU {cpu}");
+            }
+            assert_eq!(train(&be, 5), (losses, params), "{name}, a second time");
+        }
+    }
+}
+
+/// By how many `2^-24 · Σ |x| · |w|` the largest error of a product goes beyond the true one.
+fn product_error(be: &Cuda, [m, n, k]: [usize; 3], x: &[f64], w: &[f64]) -> f64 {
+    let (xm, wm) = (upload(be, m, k, x), upload(be, n, k, w));
+    let (bias, mut out) = (upload(be, 1, n, &vec![0.0; n]), Default::default());
+    be.linear(&xm, &wm, &bias, &mut out).unwrap();
+    let ours = values(be, &out);
+    let mut worst = 0f64;
+    for i in 0..m {
+        for j in 0..n {
+            let terms = || (0..k).map(|l| f64::from(x[i * k + l] as f32) * f64::from(w[j * k + l] as f32));
+            let size: f64 = terms().map(f64::abs).sum();
+            worst = worst.max((ours[i * n + j] - terms().sum::<f64>()).abs() / (size * Dtype::F32.unit_roundoff()));
+        }
+    }
+    worst
+}
+
+#[test]
+fn split_products_err_no_more_than_float32() {
+    if !standin::ready("split_products_err_no_more_than_float32") {
+        return;
+    }
+    let shape @ [m, n, k] = [20, 33, 1000];
+    let mut rng = Rng(23);
+    let plain = (rng.vec(m * k), rng.vec(n * k));
+    // Rows of very different sizes, some with one element far above the others, as activations have them.
+    let scales: Vec<f64> = (0..m).map(|i| 2f64.powi(i as i32 * 6 - 60)).collect();
+    let mut wild = (rng.vec(m * k), rng.vec(n * k));
+    for (i, v) in wild.0.iter_mut().enumerate() {
+        *v *= scales[i / k] * if i % 97 == 0 { 3000.0 } else { 1.0 };
+    }
+    for (what, (x, w)) in [("plain", plain), ("wild", wild)] {
+        let be = cuda(Dtype::F32);
+        let ffma = product_error(&be.clone().with_product(Product::Ffma), shape, &x, &w);
+        let split = product_error(&be.with_product(Product::Split), shape, &x, &w);
+        println!("{what}: largest error in units of 2^-24 · Σ |x| · |w|: ffma {ffma:.2}, split {split:.2}");
+        assert!(split <= 2.0 * ffma.max(1.0), "{what}: ffma {ffma}, split {split}");
+    }
+}
+
+#[test]
+fn copies_that_run_early_change_nothing() {
+    if !standin::ready("copies_that_run_early_change_nothing") || standin::real_gpu() {
+        return;
+    }
+    // The stand-in runs streams late. Here copies to the device run as early as their waits allow.
+    let be = cuda(Dtype::F32);
+    let late = train(&be, 4);
+    standin::eager_copies(true);
+    let early = train(&be, 4);
+    standin::eager_copies(false);
+    assert_eq!(late, early);
+}
+
+#[test]
+fn sizes_of_zero() {
+    if !standin::ready("sizes_of_zero") {
+        return;
+    }
+    for (name, be) in variants(Dtype::F32) {
+        let (w, b) = (upload(&be, 5, 4, &[1.0; 20]), upload(&be, 1, 5, &[0.0; 5]));
+        let (mut x, mut acts, mut rec) = <(_, <Cuda as Backend>::Latents, _)>::default();
+        be.fill(0, 4, &[], &mut x).unwrap();
+        be.encode(&x, &w, &b, &mut acts).unwrap();
+        be.decode(&acts, &w, &upload(&be, 1, 4, &[0.0; 4]), &mut rec).unwrap();
+        assert!(values(&be, &rec).is_empty() && dense(&be, &acts).is_empty(), "{name}");
+        be.weight_grad(&acts, &x, Write::Set, &mut rec).unwrap();
+        assert_eq!(values(&be, &rec), [0.0; 20], "{name}");
+        assert!(be.active_counts(&acts).unwrap().is_empty(), "{name}");
+    }
+}
