@@ -17,6 +17,11 @@ pub(crate) fn text(parser: &mut lexopt::Parser) -> Result<String> {
     utf8(parser.value().map_err(usage)?)
 }
 
+/// The value of an option, as a path.
+pub(crate) fn file(parser: &mut lexopt::Parser) -> Result<PathBuf> {
+    parser.value().map(PathBuf::from).map_err(usage)
+}
+
 /// An argument that must be text.
 pub(crate) fn utf8(value: OsString) -> Result<String> {
     value.into_string().map_err(|value| Error::usage(format!("'{}' is not UTF-8", value.display())))

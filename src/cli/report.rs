@@ -2,12 +2,12 @@
 
 use super::args;
 use super::progress::{Progress, Unit};
+use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
 use crosscoder::analysis::{ActivationPass, ActivationStats, DecoderNorms, Thresholds};
 use crosscoder::atomic;
 use crosscoder::backend::{Backend, Cpu};
 use crosscoder::checkpoint::{self, Files};
-use crosscoder::crosscoder::CrossCoder;
 use crosscoder::error::{Error, Result};
 use crosscoder::normalisation::{factors, scale_rows};
 use crosscoder::report::{Report, TrainingLog};
@@ -64,13 +64,12 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
     let mut asked = Asked::default();
     while let Some(arg) = parser.next().map_err(args::usage)? {
-        let mut path = || parser.value().map(PathBuf::from).map_err(args::usage);
         match arg {
-            Long("out") => asked.out = Some(path()?),
-            Long("json") => asked.json = Some(path()?),
-            Long("csv") => asked.csv = Some(path()?),
-            Long("svg") => asked.svg = Some(path()?),
-            Long("metrics") => asked.metrics = Some(path()?),
+            Long("out") => asked.out = Some(args::file(parser)?),
+            Long("json") => asked.json = Some(args::file(parser)?),
+            Long("csv") => asked.csv = Some(args::file(parser)?),
+            Long("svg") => asked.svg = Some(args::file(parser)?),
+            Long("metrics") => asked.metrics = Some(args::file(parser)?),
             Long("force") => asked.force = true,
             Long("name") => asked.names.push(args::text(parser)?),
             Long("low") => asked.low = Some(args::number(parser, "low")?),
