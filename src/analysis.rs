@@ -1,8 +1,8 @@
 //! What a crosscoder says about the difference of its models: `analysis.py` of the original, and beyond.
 //!
-//! Everything here is computed in float64 from the weights and activations as they are stored, in whatever dtype that is.
-//! (The original computes norms in the dtype: in bfloat16 they carry three digits.) Rows of `W_dec` are read from the
-//! backend a few at a time, so that a large decoder is not copied.
+//! Everything here is computed in float64 from the weights and activations as they are stored, in whatever dtype that
+//! is. (The original computes norms in the dtype: in bfloat16 they carry three digits.) Rows of `W_dec` are read from
+//! the backend a few at a time, so that a large decoder is not copied.
 //!
 //! 1. [`DecoderNorms`] from the weights alone: decoder norms, relative decoder norms, the three [`Group`]s, cosines.
 //! 2. [`ActivationPass`] from activations, in one pass: losses, explained variance, L0, how often and how strongly each
@@ -13,11 +13,11 @@
 //!
 //! # Latent Scaling
 //!
-//! An l1 penalty can make a latent look exclusive to one model that is not: the weaker decoder vector shrinks to zero though
-//! the other model has the concept too, or the concept is split between two latents. Latent Scaling (Minder et al. 2025,
-//! arXiv 2504.02922) asks how much of a latent there is in what each model computes. Let `f[b]` be the activation of latent
-//! `j` on row `b`, `d[m]` [d_in] its decoder vector in model `m`, `s` the model in which it is longest, and `y[b]` [d_in] a
-//! target for model `m`:
+//! An l1 penalty can make a latent look exclusive to one model that is not: the weaker decoder vector shrinks to zero
+//! though the other model has the concept too, or the concept is split between two latents. Latent Scaling (Minder et
+//! al. 2025, arXiv 2504.02922) asks how much of a latent there is in what each model computes. Let `f[b]` be the
+//! activation of latent `j` on row `b`, `d[m]` [d_in] its decoder vector in model `m`, `s` the model in which it is
+//! longest, and `y[b]` [d_in] a target for model `m`:
 //!
 //! ```text
 //! reconstruction   y[b] = rec[b,m]
@@ -39,10 +39,10 @@
 //! beta_error[m]          = (X[m] - R[m] + F · ⟨d[s], d[m]⟩) / (‖d[s]‖² · F)
 //! ```
 //!
-//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` [d_in], multiplied with `d[s]` once per batch. For two models, `o` being the
-//! one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error` likewise: about 0
-//! if the other model lacks the latent, about 1 if it has as much of it. A large `nu_error` of an exclusive latent tells
-//! of shrinkage, a large `nu_reconstruction` of a split.
+//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` [d_in], multiplied with `d[s]` once per batch. For two models, `o` being
+//! the one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error`
+//! likewise: about 0 if the other model lacks the latent, about 1 if it has as much of it. A large `nu_error` of an
+//! exclusive latent tells of shrinkage, a large `nu_reconstruction` of a split.
 
 use crate::autodiff::Tape;
 use crate::backend::{Backend, Scalar, Support};
@@ -55,12 +55,12 @@ const ROWS: usize = 256;
 
 /// Bins of the histogram of relative decoder norms. Original: `nbins=200`.
 ///
-/// plotly takes `nbins` as an upper limit and chooses a round width from the range of the data: 0.005, ours, if the relative
-/// norms span more than 0.4. Ours are always 200 over [0, 1].
+/// plotly takes `nbins` as an upper limit and chooses a round width from the range of the data: 0.005, ours, if the
+/// relative norms span more than 0.4. Ours are always 200 over [0, 1].
 pub const RELATIVE_NORM_BINS: usize = 200;
 
-/// Bins of the histogram of cosines. Original: `nbins=100`, of which plotly makes a width of 0.02 if the cosines span more
-/// than 1 and less otherwise; ours are always 100 over [-1, 1].
+/// Bins of the histogram of cosines. Original: `nbins=100`, of which plotly makes a width of 0.02 if the cosines span
+/// more than 1 and less otherwise; ours are always 100 over [-1, 1].
 pub const COSINE_BINS: usize = 100;
 
 /// To which model a latent belongs, by its relative decoder norm.
@@ -166,14 +166,15 @@ impl DecoderNorms {
         (0..self.n_models).fold(0, |best, m| if norms[m] >= norms[best] { m } else { best })
     }
 
-    /// `norms[m] / Σ_m norms`, none if that is 0/0 or not finite. Of two models, model 1's is *the* relative decoder norm:
-    /// 0 where only A has the latent, 1 where only B has it. Original: `relative_norms`.
+    /// `norms[m] / Σ_m norms`, none if that is 0/0 or not finite. Of two models, model 1's is *the* relative decoder
+    /// norm: 0 where only A has the latent, 1 where only B has it. Original: `relative_norms`.
     pub fn relative(&self, h: usize, m: usize) -> Option<f64> {
         let norms = self.norms(h);
         finite(norms.iter().sum()).and_then(|sum| finite(norms[m] / sum))
     }
 
-    /// Of two models the relative decoder norm `‖W_dec[h,1]‖ / (‖W_dec[h,0]‖ + ‖W_dec[h,1]‖)`; none for any other number.
+    /// Of two models the relative decoder norm `‖W_dec[h,1]‖ / (‖W_dec[h,0]‖ + ‖W_dec[h,1]‖)`; none for any other
+    /// number.
     pub fn relative_norm(&self, h: usize) -> Option<f64> {
         if self.n_models == 2 { self.relative(h, 1) } else { None }
     }
@@ -199,7 +200,7 @@ impl DecoderNorms {
 /// A row on which a latent fires.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TopRow {
-    /// The row, counted from 0 over all batches.
+    /// The row's number: from 0 over all batches, or what [`ActivationPass::add_numbered`] was given.
     pub row: u64,
     /// The latent's activation there.
     pub act: f64,
@@ -259,7 +260,8 @@ impl LatentScaling {
 pub struct ActivationStats {
     /// The number of rows.
     pub rows: u64,
-    /// The number of batches; the losses' explained variances refer to each batch's mean, so they depend on it a little.
+    /// The number of batches; the losses' explained variances refer to each batch's mean, so they depend on it a
+    /// little.
     pub batches: u64,
     /// [`crate::LossOutput::named`], the mean over rows.
     pub losses: Vec<(String, f64)>,
@@ -287,7 +289,8 @@ impl ActivationStats {
         self.latents.iter().filter(|l| l.fired == 0).count() as u64
     }
 
-    /// Latent Scaling of a latent; none if it never fires or has no decoder vector. `norms` are those of the same weights.
+    /// Latent Scaling of a latent; none if it never fires or has no decoder vector. `norms` are those of the same
+    /// weights.
     pub fn scaling(&self, norms: &DecoderNorms, h: usize) -> Option<LatentScaling> {
         let n = self.n_models;
         let direction = norms.strongest(h);
@@ -309,6 +312,7 @@ pub struct ActivationPass<'a, B: Backend> {
     crosscoder: &'a CrossCoder<B>,
     norms: &'a DecoderNorms,
     top_rows: usize,
+    threads: usize,
     tape: Tape<B>,
     stats: ActivationStats,
     /// `Σ_b ‖rec[b,m] - x[b,m]‖²` for each model.
@@ -341,6 +345,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             crosscoder,
             norms,
             top_rows,
+            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
             tape: Tape::new(crosscoder.backend().clone()),
             stats,
             squared_errors: vec![0.0; n_models],
@@ -350,11 +355,30 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         }
     }
 
+    /// The same pass on this many threads. Results do not depend on it.
+    pub fn with_threads(self, threads: usize) -> Self {
+        ActivationPass { threads: threads.max(1), ..self }
+    }
+
     /// Takes in a batch `x`, row-major [batch, n_models, d_in]. An empty one changes nothing.
     ///
     /// # Errors
     /// A length that is no multiple of a row's.
     pub fn add(&mut self, x: &[B::Scalar]) -> Result<()> {
+        let first = self.stats.rows;
+        let batch = (x.len() / self.sums.len()) as u64;
+        self.add_numbered(x, &(first..first + batch).collect::<Vec<_>>())
+    }
+
+    /// [`Self::add`] where the rows have these numbers: a part of a larger set.
+    ///
+    /// # Errors
+    /// As [`Self::add`]; another number of numbers than of rows.
+    pub fn add_numbered(&mut self, x: &[B::Scalar], numbers: &[u64]) -> Result<()> {
+        if numbers.len() != x.len() / self.sums.len() {
+            let rows = x.len() / self.sums.len();
+            return Err(Error::shape(format!("{} numbers for {rows} rows", numbers.len())));
+        }
         if x.is_empty() {
             return Ok(());
         }
@@ -376,7 +400,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             sum.1 += value * rows as f64;
         }
         self.add_variances(&x, &rec);
-        self.add_latents(&support);
+        self.add_latents(&support, numbers);
         self.add_products(&support, &x, &rec)?;
         self.stats.rows += rows as u64;
         self.stats.batches += 1;
@@ -399,9 +423,9 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         }
     }
 
-    fn add_latents(&mut self, support: &Support<B::Scalar>) {
+    fn add_latents(&mut self, support: &Support<B::Scalar>, numbers: &[u64]) {
         for (b, range) in support.starts.windows(2).map(|w| w[0]..w[1]).enumerate() {
-            let row = self.stats.rows + b as u64;
+            let row = numbers[b];
             let mut l0 = 0;
             for e in range {
                 let act = support.values[e].wide();
@@ -453,8 +477,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             })
         };
         // Each latent belongs to one thread: results do not depend on how many there are.
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let per_thread = crosscoder.d_hidden().div_ceil(threads).max(1);
+        let per_thread = crosscoder.d_hidden().div_ceil(self.threads).max(1);
         let products = self.stats.products.chunks_mut(per_thread * 2 * n).enumerate();
         std::thread::scope(|scope| {
             let threads: Vec<_> = products
@@ -731,8 +754,8 @@ mod tests {
         assert_eq!((first.max, first.sum, first.sum_squares), (3.0, 7.0, 19.0));
         assert_eq!(first.top, [TopRow { row: 1, act: 3.0 }, TopRow { row: 3, act: 3.0 }]);
         assert_eq!((stats.latents[4].mean_when_active(), stats.latents[4].top.len()), (None, 0));
-        // Rows of rec: (3, 4, 0, 0), (10, 16, -5, 0), 0, (10, 16, -5, 0); errors of A 4+16, 49+256, 1, 49+256; of B 0, 26, 0, 26.
-        // Variances: A 20 - 36/4 = 11 around the mean 1.5; B 2 - 4/4 = 1.
+        // Rows of rec: (3, 4, 0, 0), (10, 16, -5, 0), 0, (10, 16, -5, 0); errors of A 4+16, 49+256, 1, 49+256; of B 0,
+        // 26, 0, 26. Variances: A 20 - 36/4 = 11 around the mean 1.5; B 2 - 4/4 = 1.
         assert_eq!(stats.explained_variance_per_model, [1.0 - 631.0 / 11.0, 1.0 - 52.0]);
         assert_eq!(stats.explained_variance, 1.0 - 683.0 / 12.0);
         assert_eq!(stats.losses[0], ("l2_loss".to_owned(), 683.0 / 4.0));
@@ -760,8 +783,8 @@ mod tests {
         assert!(ActivationPass::new(&crosscoder, &norms, 1).add(&[1.0; 3]).is_err());
     }
 
-    /// The targets of the module's text, formed for **all** rows and columns, and their least-squares factors by the normal
-    /// equation, which a step to either side makes worse.
+    /// The targets of the module's text, formed for **all** rows and columns, and their least-squares factors by the
+    /// normal equation, which a step to either side makes worse.
     fn brute_force<T: Scalar>(crosscoder: &CrossCoder<Cpu<T>>, x: &[T]) {
         let (n, d_in, d_hidden) = (crosscoder.n_models(), crosscoder.d_in(), crosscoder.d_hidden());
         let width = n * d_in;
@@ -825,7 +848,8 @@ mod tests {
 
     #[test]
     fn an_exclusive_latent_has_nu_zero_and_a_copied_one_nu_one() {
-        // x is made of latent 0 (A only, along column 0) and of latent 1 (equal in both, along column 1), exactly reconstructed.
+        // x is made of latent 0 (A only, along column 0) and of latent 1 (equal in both, along column 1), exactly
+        // reconstructed.
         let w_enc = vec![1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0];
         let weights = Parameters {
             w_enc: tensor(&[2, 2, 2], w_enc),

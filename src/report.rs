@@ -1,8 +1,10 @@
-//! The model diff of a crosscoder as one HTML page, as JSON, as CSV and as charts, from the numbers of [`crate::analysis`].
+//! The model diff of a crosscoder as one HTML page, as JSON, as CSV and as charts, from the numbers of
+//! [`crate::analysis`].
 //!
-//! The page is one file: no network, no library, charts as inline SVG. Its table of latents is drawn by a script of its own
-//! from a compact block of data (numbers with 16 significant bits, three bytes each); JSON and CSV have them in full. Names that
-//! come from a cfg or the command line are escaped wherever they stand. The same input gives the same bytes.
+//! The page is one file: no network, no library, charts as inline SVG. Its table of latents is drawn by a script of its
+//! own from a compact block of data (numbers with 16 significant bits, three bytes each); JSON and CSV have them in
+//! full. Names that come from a cfg or the command line are escaped wherever they stand. The same input gives the same
+//! bytes.
 
 mod figures;
 mod page;
@@ -39,8 +41,8 @@ pub struct Report {
 impl Report {
     /// What the weights alone tell. `norms` are the crosscoder's.
     ///
-    /// Models are called by the list of strings in the cfg's `model_names`, if it has one of the right length; otherwise A
-    /// and B, or by their numbers.
+    /// Models are called by the list of strings in the cfg's `model_names`, if it has one of the right length;
+    /// otherwise A and B, or by their numbers.
     pub fn new<B: Backend>(crosscoder: &CrossCoder<B>, norms: DecoderNorms) -> Self {
         let n = crosscoder.n_models();
         let cfg = crosscoder.cfg().clone();
@@ -330,7 +332,8 @@ mod tests {
 
     const HOSTILE: &str = "</script><script>alert(1)</script><!-- & \"q\" 'a' \u{0}";
 
-    /// `n_models` with d_in 2; latent 0 is zero everywhere, latent 1 is in the last model alone and latent 2 never fires.
+    /// `n_models` with d_in 2; latent 0 is zero everywhere, latent 1 is in the last model alone and latent 2 never
+    /// fires.
     fn crosscoder(n_models: usize) -> CrossCoder {
         let d_hidden = 5;
         let tensor = |shape: &[usize], values: Vec<f32>| Tensor::new(shape.to_vec(), Values::F32(values)).unwrap();

@@ -10,6 +10,39 @@ const MAX_POINTS: usize = 1000;
 /// The classes of A only, shared, B only.
 const GROUP_CLASSES: [&str; 3] = ["c0", "c2", "c1"];
 
+/// What the original logs: name, title, label of the axis, meaning.
+const CURVES: [(&str, &str, &str, &str); 7] = [
+    (
+        "loss",
+        "Loss",
+        "loss",
+        "l2_loss + l1_coeff · l1_loss of each logged step's batch, the coefficient being that \
+    step's",
+    ),
+    (
+        "l2_loss",
+        "Reconstruction loss",
+        "l2_loss",
+        "The squared error of the reconstruction, summed over models and dimensions, mean over the batch",
+    ),
+    (
+        "l1_loss",
+        "Sparsity loss",
+        "l1_loss",
+        "Activations times the latent's total decoder norm, summed over latents, mean over the batch",
+    ),
+    ("l0_loss", "L0", "latents above zero", "The number of latents above zero, mean over the batch"),
+    (
+        "explained_variance",
+        "Explained variance",
+        "explained variance",
+        "1 - squared error / squared distance from the batch's mean, mean over the rows of the batch; of all models \
+         together and of each",
+    ),
+    ("l1_coeff", "l1 coefficient", "l1_coeff", "The coefficient of the sparsity loss"),
+    ("lr", "Learning rate", "lr", "The learning rate as logged, after the scheduler's step"),
+];
+
 /// A chart with the words that explain it.
 #[derive(Clone, Debug)]
 pub struct Figure {
@@ -99,8 +132,10 @@ fn relative_norms(report: &Report) -> Figure {
         name: "relative_decoder_norm".into(),
         title: "Relative decoder norm".into(),
         caption: format!(
-            "‖W_dec[h,B]‖ / (‖W_dec[h,A]‖ + ‖W_dec[h,B]‖) of each latent h, A being {a}, B {b}: 0 where only A has the latent, 1 \
-             where only B has it. {RELATIVE_NORM_BINS} bins over [0, 1]. Dashed: the thresholds {low} and {high}. A only {}, \
+            "‖W_dec[h,B]‖ / (‖W_dec[h,A]‖ + ‖W_dec[h,B]‖) of each latent h, A being {a}, B {b}: 0 where only A has the \
+             latent, 1 \
+             where only B has it. {RELATIVE_NORM_BINS} bins over [0, 1]. Dashed: the thresholds {low} and {high}. A \
+             only {}, \
              shared {}, B only {}; {} without a direction (both decoder vectors zero) are not drawn.",
             count(sizes[0]),
             count(sizes[1]),
@@ -137,7 +172,8 @@ fn decoder_norms(report: &Report) -> Figure {
         name: "decoder_norm".into(),
         title: "Decoder norms".into(),
         caption: format!(
-            "‖W_dec[h,m]‖ of each latent h in each model m ({}), the Euclidean norm, computed in float64 from the stored weights. \
+            "‖W_dec[h,m]‖ of each latent h in each model m ({}), the Euclidean norm, computed in float64 from the \
+             stored weights. \
              100 bins from 0.",
             (0..report.names.len())
                 .map(|m| format!("{}: {}", report.letter(m), report.names[m]))
@@ -182,7 +218,8 @@ fn cosines(report: &Report) -> Figure {
         name: "cosine".into(),
         title: "Cosine similarity of shared latents' decoder vectors".into(),
         caption: format!(
-            "⟨W_dec[h,A], W_dec[h,B]⟩ / (‖W_dec[h,A]‖ · ‖W_dec[h,B]‖) of the {} shared latents (relative decoder norm between {} \
+            "⟨W_dec[h,A], W_dec[h,B]⟩ / (‖W_dec[h,A]‖ · ‖W_dec[h,B]‖) of the {} shared latents (relative decoder norm \
+             between {} \
              and {}): 1 where both models have the same direction. {COSINE_BINS} bins over [-1, 1], counts on a log scale.",
             count(histogram.total()),
             report.thresholds.low(),
@@ -215,7 +252,8 @@ fn density(report: &Report, stats: &ActivationStats) -> Figure {
         name: "density".into(),
         title: "Firing density".into(),
         caption: format!(
-            "The share of the {} rows on which each latent is above zero. Ten bins a decade. {} dead latents, which fire on no \
+            "The share of the {} rows on which each latent is above zero. Ten bins a decade. {} dead latents, which \
+             fire on no \
              row, are not drawn.",
             count(stats.rows),
             count(stats.dead())
@@ -295,9 +333,11 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
         name: name.into(),
         title: title.into(),
         caption: format!(
-            "For each of the {} exclusive latents that fire: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's activation, \
+            "For each of the {} exclusive latents that fire: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's \
+             activation, \
              d its longer decoder vector, y_m {target}. ν = β of the other model / β of the model that has d. About 0: \
-             truly exclusive; about 1: {meaning}. 80 bins over [-0.5, 1.5]; {} latents lie outside. Minder et al. 2025, \
+             truly exclusive; about 1: {meaning}. 80 bins over [-0.5, 1.5]; {} latents lie outside. Minder et al. \
+             2025, \
              arXiv 2504.02922.",
             count(total),
             count(outside)
@@ -308,41 +348,11 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
     }
 }
 
-/// Curves that share a chart, by their names in the log.
 fn training(report: &Report) -> Vec<Figure> {
     let Some(log) = &report.training else { return vec![] };
-    let known: [(&str, &str, &str, &str); 7] = [
-        (
-            "loss",
-            "Loss",
-            "loss",
-            "l2_loss + l1_coeff · l1_loss of each logged step's batch, the coefficient being that step's",
-        ),
-        (
-            "l2_loss",
-            "Reconstruction loss",
-            "l2_loss",
-            "The squared error of the reconstruction, summed over models and dimensions, mean over the batch",
-        ),
-        (
-            "l1_loss",
-            "Sparsity loss",
-            "l1_loss",
-            "Activations times the latent's total decoder norm, summed over latents, mean over the batch",
-        ),
-        ("l0_loss", "L0", "latents above zero", "The number of latents above zero, mean over the batch"),
-        (
-            "explained_variance",
-            "Explained variance",
-            "explained variance",
-            "1 - squared error / squared distance from the batch's mean, mean over the rows of the batch; of both models together and of each",
-        ),
-        ("l1_coeff", "l1 coefficient", "l1_coeff", "The coefficient of the sparsity loss"),
-        ("lr", "Learning rate", "lr", "The learning rate as logged, after the scheduler's step"),
-    ];
     let mut out = Vec::new();
     let mut taken: Vec<&str> = Vec::new();
-    for (key, title, label, meaning) in known {
+    for (key, title, label, meaning) in CURVES {
         let curves: Vec<&(String, Vec<f64>)> = log
             .curves
             .iter()

@@ -81,7 +81,8 @@ pub(super) fn html(report: &Report) -> String {
     put(
         &mut out,
         format_args!(
-            "</main>\n<footer>Written by crosscoder {}. Sums are carried out in float64 on the stored values.</footer>\n\
+            "</main>\n<footer>Written by crosscoder {}. Sums are carried out in float64 on the stored \
+             values.</footer>\n\
              <script>{SCRIPT}</script></body></html>\n",
             env!("CARGO_PKG_VERSION")
         ),
@@ -160,7 +161,10 @@ fn summary(report: &Report, out: &mut String) {
     weights.push(tile("Activations' width d_in", count(report.d_in as u64), format!("{n} models, {}", report.dtype)));
     tiles(out, &weights);
     let Some(stats) = &report.activations else {
-        out.push_str("<p class=\"soft\">From the weights alone. With activations the report also has losses, densities and Latent Scaling.</p></section>");
+        out.push_str(
+            "<p class=\"soft\">From the weights alone. With activations the report also has losses, densities \
+        and Latent Scaling.</p></section>",
+        );
         return;
     };
     let mut seen = vec![
@@ -187,7 +191,8 @@ fn summary(report: &Report, out: &mut String) {
         out,
         format_args!(
             "<p class=\"soft note\">Explained variance: 1 - Σ ‖rec - x‖² / Σ ‖x - mean‖², over all rows. Losses as \
-             <code>get_losses</code> gives them, mean over {} rows in {} batches, explained variances about each batch's own \
+             <code>get_losses</code> gives them, mean over {} rows in {} batches, explained variances about each \
+             batch's own \
              mean:</p><div class=\"plain\"><table><tbody>",
             count(stats.rows),
             count(stats.batches)
@@ -314,7 +319,8 @@ fn latents(report: &Report, out: &mut String) {
                 put(
                     out,
                     format_args!(
-                        "<th scope=\"col\"{class} aria-sort=\"{sort}\" title=\"{meaning}\"><button type=\"button\">{label}</button></th>"
+                        "<th scope=\"col\"{class} aria-sort=\"{sort}\" title=\"{meaning}\"><button \
+                         type=\"button\">{label}</button></th>"
                     ),
                 );
             }
@@ -324,8 +330,11 @@ fn latents(report: &Report, out: &mut String) {
     for column in &columns {
         put(out, format_args!("<li><b>{}</b>: {}</li>", escape(&column.label), escape(&column.meaning)));
     }
-    out.push_str("</ul><p class=\"soft\">A dash stands for what is not defined: a cosine with a zero vector, the mean of a latent that never fires. \
-                  Numbers carry 16 significant bits here, all of them in JSON and CSV.</p></details></section>\n");
+    out.push_str(
+        "</ul><p class=\"soft\">A dash stands for what is not defined: a cosine with a zero vector, the mean \
+    of a latent that never fires. \
+                  Numbers carry 16 significant bits here, all of them in JSON and CSV.</p></details></section>\n",
+    );
     put(out, format_args!("<script id=\"data\" type=\"application/json\">{}</script>\n", block(report, &columns)));
 }
 

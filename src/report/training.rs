@@ -13,9 +13,9 @@ pub struct TrainingLog {
 }
 
 impl TrainingLog {
-    /// Reads `metrics.jsonl`: objects with the key `step` and any numbers. A step that does not lie above the ones before
-    /// it replaces them (a run that was resumed from an older checkpoint). A last line without a newline that is no JSON is
-    /// left out (a run that was cut off).
+    /// Reads `metrics.jsonl`: objects with the key `step` and any numbers. A step that does not lie above the ones
+    /// before it replaces them (a run that was resumed from an older checkpoint). A last line without a newline that is
+    /// no JSON is left out (a run that was cut off).
     ///
     /// # Errors
     /// A line that is no object, or has no step.
@@ -69,7 +69,8 @@ mod tests {
     #[test]
     fn a_resumed_run_replaces_its_steps_and_a_cut_off_line_is_left_out() {
         let text = concat!(
-            "{\"step\": 0, \"loss\": 3.0}\n\n{\"step\": 100, \"loss\": 2.5, \"note\": \"x\"}\n{\"step\": 200, \"loss\": 9}\n",
+            "{\"step\": 0, \"loss\": 3.0}\n\n{\"step\": 100, \"loss\": 2.5, \"note\": \"x\"}\n{\"step\": 200, \
+             \"loss\": 9}\n",
             "{\"step\": 100, \"loss\": 2.0, \"lr\": null}\n{\"step\": 300, \"lr\": 1e-3}\n{\"step\": 400, \"lo"
         );
         let log = TrainingLog::from_jsonl(text).unwrap();
