@@ -10,6 +10,7 @@ mod eval;
 mod golden;
 mod info;
 mod progress;
+mod report;
 mod train;
 
 use crosscoder::error::{Error, ErrorKind, Result};
@@ -24,6 +25,7 @@ crosscoder VERB …
   encode   CHECKPOINT ACTS… --out F latents, sparse
   golden   CASE…                    compare with the Python original
   info     FILE…                    what is in a .pt, .safetensors or .npy file
+  report   CHECKPOINT [ACTS…]       the model diff as one HTML page
   convert  IN OUT                   between .pt and .safetensors, and between dtypes
   download [REPO [PATH…]]           from the Hugging Face hub, into its cache
 
@@ -40,6 +42,7 @@ fn run() -> Result<ExitCode> {
             Some("eval") => eval::run(&mut parser),
             Some("golden") => golden::run(&mut parser),
             Some("info") => info::run(&mut parser),
+            Some("report") => report::run(&mut parser),
             Some("train") => train::run(&mut parser),
             Some("help") => args::help(HELP),
             _ => Err(Error::usage(format!("no verb '{}'; `crosscoder help` lists them", verb.display()))),

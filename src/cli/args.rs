@@ -57,6 +57,14 @@ pub(crate) fn help(text: &str) -> Result<ExitCode> {
     print(text).map(|()| ExitCode::SUCCESS)
 }
 
+/// Whether `path` may be written. Nothing is overwritten unasked.
+pub(crate) fn may_write(path: &std::path::Path, force: bool) -> Result<()> {
+    if !force && path.exists() {
+        return Err(Error::usage("is there already; --force replaces it").in_file(path));
+    }
+    Ok(())
+}
+
 /// Whether printing failed because nobody reads any more.
 pub(crate) fn is_broken_pipe(error: &Error) -> bool {
     let source = std::error::Error::source(error).and_then(|e| e.downcast_ref::<std::io::Error>());

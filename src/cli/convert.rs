@@ -67,8 +67,8 @@ fn is_checkpoint(files: &Files) -> bool {
 fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
     let stem = to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let out = Files { weights: to.to_owned(), cfg: to.with_file_name(format!("{stem}_cfg.json")) };
-    may_write(&out.weights, force)?;
-    may_write(&out.cfg, force)?;
+    args::may_write(&out.weights, force)?;
+    args::may_write(&out.cfg, force)?;
     let (mut cfg, weights) = checkpoint::read(files)?;
     let dtype = match dtype {
         Some(dtype) => dtype,
@@ -80,7 +80,7 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, force: boo
 }
 
 fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
-    may_write(to, force)?;
+    args::may_write(to, force)?;
     let mut file = TensorFile::open(from)?;
     if let Some(pt) = file.as_pt() {
         let mut left_out = Vec::new();
@@ -117,12 +117,4 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         let folder = pt::Writer::<Vec<u8>>::folder_for(to);
         pt::Writer::new(out, &folder)?.save(&Save::Dict(entries)).map(drop)
     })
-}
-
-/// Nothing is overwritten unasked.
-fn may_write(path: &Path, force: bool) -> Result<()> {
-    if !force && path.exists() {
-        return Err(Error::usage("is there already; --force replaces it").in_file(path));
-    }
-    Ok(())
 }
