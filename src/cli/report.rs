@@ -7,7 +7,7 @@ use crosscoder::analysis::{ActivationPass, ActivationStats, DecoderNorms, Thresh
 use crosscoder::atomic;
 use crosscoder::backend::{Backend, Cpu};
 use crosscoder::checkpoint::{self, Files};
-use crosscoder::crosscoder::CrossCoder;
+use crosscoder::CrossCoder;
 use crosscoder::error::{Error, Result};
 use crosscoder::normalisation::{factors, scale_rows};
 use crosscoder::report::{Report, TrainingLog};
