@@ -263,6 +263,8 @@ pub struct ActivationStats {
     /// The number of batches; the losses' explained variances refer to each batch's mean, so they depend on it a
     /// little.
     pub batches: u64,
+    /// The rows of the first batch.
+    pub batch_size: u64,
     /// [`crate::LossOutput::named`], the mean over rows.
     pub losses: Vec<(String, f64)>,
     /// `1 - Σ_b ‖rec[b] - x[b]‖² / Σ_b ‖x[b] - mean‖²` over all rows and models, the mean being that of all rows.
@@ -333,6 +335,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         let stats = ActivationStats {
             rows: 0,
             batches: 0,
+            batch_size: 0,
             losses: Vec::new(),
             explained_variance: 0.0,
             explained_variance_per_model: Vec::new(),
@@ -404,6 +407,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         self.add_products(&support, &x, &rec)?;
         self.stats.rows += rows as u64;
         self.stats.batches += 1;
+        self.stats.batch_size = if self.stats.batches == 1 { rows as u64 } else { self.stats.batch_size };
         Ok(())
     }
 

@@ -184,6 +184,7 @@ impl Report {
             "source": self.activations_source,
             "rows": stats.rows,
             "batches": stats.batches,
+            "batch_size": stats.batch_size,
             "losses": Map::from_iter(losses),
             "explained_variance_of_all_rows": number(stats.explained_variance),
             "explained_variance_of_all_rows_per_model": numbers(stats.explained_variance_per_model.iter().copied()),
