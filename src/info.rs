@@ -1,5 +1,16 @@
 //! `crosscoder info`: what is in a file, with a checksum for each tensor.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::error::Result;
 use crate::files::TensorFile;
 use crate::pt::{BigInt, PathPart, Value, dotted};
@@ -150,6 +161,8 @@ fn json_value(value: Value<'_>) -> Result<String, String> {
         Value::Str(text) => Ok(quoted(text)),
         Value::Bytes(bytes) => Err(format!("{} bytes", bytes.len())),
         Value::Opaque(what) => Err(what.to_string()),
-        Value::Tensor(_) | Value::List(_) | Value::Tuple(_) | Value::Dict(_) | Value::Set(_) => Err("a container".into()),
+        Value::Tensor(_) | Value::List(_) | Value::Tuple(_) | Value::Dict(_) | Value::Set(_) => {
+            Err("a container".into())
+        }
     }
 }

@@ -5,12 +5,12 @@ pub mod backend;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod config;
-mod crosscoder;
 mod crc32;
+mod crosscoder;
 pub mod dtype;
 pub mod error;
-pub mod golden;
 pub mod files;
+pub mod golden;
 pub mod info;
 mod magic;
 pub mod npy;

@@ -1,5 +1,16 @@
 //! What a file is, by its first bytes.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 /// The formats that a reader meets, of which it reads three.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -53,7 +64,9 @@ pub(crate) fn kind(head: &[u8]) -> Kind {
         return Kind::Safetensors;
     }
     if head.get(..64.min(head.len())).is_some_and(|h| h.windows(LEGACY_MAGIC.len()).any(|w| w == LEGACY_MAGIC)) {
-        return Kind::Other("the legacy stream that torch.save wrote before release 1.6; load it in PyTorch and save it anew");
+        return Kind::Other(
+            "the legacy stream that torch.save wrote before release 1.6; load it in PyTorch and save it anew",
+        );
     }
     if head.get(257..262) == Some(b"ustar") {
         return Kind::Other("a tar archive, perhaps the legacy form of torch.save before release 0.1.10");

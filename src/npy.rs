@@ -4,6 +4,17 @@
 //! ml_dtypes saves it (`<V2`). Arrays in Fortran order are read without a copy, with the strides that say so. The header is
 //! taken by its grammar, never evaluated; object arrays (pickles) and structured types are refused.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic;
@@ -53,7 +64,9 @@ impl<R: Read + Seek> NpyFile<R> {
             return Err(Error::unsupported(format!("not a .npy file but {what}")));
         }
         if kind != magic::Kind::Npy {
-            return Err(Error::format(format!("not a .npy file: it must begin with 93 'NUMPY', and begins with {head:02x?}")));
+            return Err(Error::format(format!(
+                "not a .npy file: it must begin with 93 'NUMPY', and begins with {head:02x?}"
+            )));
         }
         let (header_at, header_bytes) = match head.get(6..) {
             Some(&[1, 0, a, b, ..]) => (10u64, u64::from(u16::from_le_bytes([a, b]))),
@@ -65,10 +78,14 @@ impl<R: Read + Seek> NpyFile<R> {
         };
         let data_at = header_at.saturating_add(header_bytes);
         if data_at > length {
-            return Err(Error::format(format!("truncated: the header ends at byte {data_at}, the file at byte {length}")));
+            return Err(Error::format(format!(
+                "truncated: the header ends at byte {data_at}, the file at byte {length}"
+            )));
         }
         if header_bytes > MAX_HEADER_BYTES {
-            return Err(Error::unsupported(format!("a header of {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}")));
+            return Err(Error::unsupported(format!(
+                "a header of {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}"
+            )));
         }
         let header = read_at(&mut reader, header_at, usize::try_from(header_bytes).unwrap_or_default())?;
         let header = parse_header(&header).map_err(|e| e.at("npy header"))?;

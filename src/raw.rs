@@ -1,5 +1,16 @@
 //! Bytes in files and in memory: a cursor that cannot leave them, and blocks moved by way of one small buffer.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::crc32::Crc32;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -111,7 +122,8 @@ pub(crate) fn pump(
     while at < end {
         let left = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX).min(PIECE_BYTES);
         let room = buffer.get_mut(..left).unwrap_or_default();
-        let filled = fill(&mut reader, room).map_err(|e| Error::io(format!("cannot read on at byte {at} of {end}"), e))?;
+        let filled =
+            fill(&mut reader, room).map_err(|e| Error::io(format!("cannot read on at byte {at} of {end}"), e))?;
         let next = at.saturating_add(filled as u64);
         if filled < left {
             return Err(Error::format(format!("the data ends at byte {next}, {end} are needed")));

@@ -4,6 +4,17 @@
 //! twice. Names are unique, ranges cover the data without holes or overlaps to the last byte, and each is as long as its
 //! shape needs.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic;
@@ -59,19 +70,25 @@ impl<R: Read + Seek> SafetensorsFile<R> {
         let length = length(&mut reader)?;
         let head = read_at(&mut reader, 0, 8)?;
         let header_bytes = <[u8; 8]>::try_from(head).map(u64::from_le_bytes);
-        let header_bytes = header_bytes.map_err(|_| Error::format(format!("{length} bytes are no safetensors file")))?;
+        let header_bytes =
+            header_bytes.map_err(|_| Error::format(format!("{length} bytes are no safetensors file")))?;
         if let magic::Kind::Other(what) = magic::kind(&read_at(&mut reader, 0, magic::HEAD_BYTES)?) {
             return Err(Error::unsupported(format!("not a safetensors file but {what}")));
         }
         if header_bytes > MAX_HEADER_BYTES {
-            return Err(Error::format(format!("safetensors header of {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}")));
+            return Err(Error::format(format!(
+                "safetensors header of {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}"
+            )));
         }
         let data_at = header_bytes.saturating_add(8);
         if data_at > length {
-            return Err(Error::format(format!("truncated: the header ends at byte {data_at}, the file at byte {length}")));
+            return Err(Error::format(format!(
+                "truncated: the header ends at byte {data_at}, the file at byte {length}"
+            )));
         }
         let header = read_at(&mut reader, 8, usize::try_from(header_bytes).unwrap_or_default())?;
-        let header = str::from_utf8(&header).map_err(|e| Error::format(format!("the safetensors header is not UTF-8: {e}")))?;
+        let header =
+            str::from_utf8(&header).map_err(|e| Error::format(format!("the safetensors header is not UTF-8: {e}")))?;
         let (tensors, metadata) = parse_header(header, data_at, length).map_err(|e| e.at("safetensors header"))?;
         Ok(SafetensorsFile { reader, tensors, metadata })
     }
@@ -125,7 +142,10 @@ impl<R: Read + Seek> SafetensorsFile<R> {
     }
 }
 
-fn parse_header(text: &str, data_at: u64, length: u64) -> Result<(Vec<SafetensorsEntry>, Vec<(String, String)>)> {
+/// The tensors and the metadata.
+type Header = (Vec<SafetensorsEntry>, Vec<(String, String)>);
+
+fn parse_header(text: &str, data_at: u64, length: u64) -> Result<Header> {
     let data_bytes = length.saturating_sub(data_at);
     let mut json = Json { text: text.as_bytes(), at: 0 };
     let (mut tensors, mut metadata) = (Vec::new(), Vec::new());
@@ -165,18 +185,23 @@ fn parse_header(text: &str, data_at: u64, length: u64) -> Result<(Vec<Safetensor
         })
         .and_then(|()| {
             let missing = || Error::format("dtype, shape and data_offsets are all needed");
-            let (dtype, shape, offsets) = (dtype.ok_or_else(missing)?, shape.ok_or_else(missing)?, offsets.ok_or_else(missing)?);
+            let (dtype, shape, offsets) =
+                (dtype.ok_or_else(missing)?, shape.ok_or_else(missing)?, offsets.ok_or_else(missing)?);
             let known = DTYPES.iter().find(|d| d.0 == dtype).map(|d| d.1);
-            let dtype = known.ok_or_else(|| Error::unsupported(format!("dtype {dtype:?}, which this crate does not carry")))?;
+            let dtype =
+                known.ok_or_else(|| Error::unsupported(format!("dtype {dtype:?}, which this crate does not carry")))?;
             let overflow = || Error::format(format!("shape {shape:?} overflows"));
-            let sizes: Vec<usize> = shape.iter().map(|&n| usize::try_from(n)).collect::<Result<_, _>>().map_err(|_| overflow())?;
+            let sizes: Vec<usize> =
+                shape.iter().map(|&n| usize::try_from(n)).collect::<Result<_, _>>().map_err(|_| overflow())?;
             let elements = element_count(&sizes).ok_or_else(overflow)?;
             let needed = (elements as u64).checked_mul(dtype.size_bytes() as u64).ok_or_else(overflow)?;
             let &[start, end] = offsets.as_slice() else {
                 return Err(Error::format(format!("data_offsets {offsets:?} are not two numbers")));
             };
             if end.checked_sub(start) != Some(needed) {
-                return Err(Error::format(format!("{dtype} {sizes:?} needs {needed} bytes, data_offsets are {start} to {end}")));
+                return Err(Error::format(format!(
+                    "{dtype} {sizes:?} needs {needed} bytes, data_offsets are {start} to {end}"
+                )));
             }
             if end > data_bytes {
                 return Err(Error::format(format!("the data ends at byte {end} of {data_bytes} that there are")));
@@ -198,7 +223,9 @@ fn parse_header(text: &str, data_at: u64, length: u64) -> Result<(Vec<Safetensor
         if start != covered {
             let what = if start > covered { "a hole" } else { "an overlap" };
             let name = tensors.get(index).map_or("", |t| t.name.as_str());
-            return Err(Error::format(format!("{what}: {name:?} begins at byte {start} of the data, {covered} are covered before")));
+            return Err(Error::format(format!(
+                "{what}: {name:?} begins at byte {start} of the data, {covered} are covered before"
+            )));
         }
         covered = end;
     }
@@ -311,7 +338,8 @@ impl Json<'_> {
         if !escaped {
             return Ok(inner.to_string());
         }
-        serde_json::from_str(&format!("\"{inner}\"")).map_err(|e| self.wrong("a string with proper escapes").with_source(e))
+        serde_json::from_str(&format!("\"{inner}\""))
+            .map_err(|e| self.wrong("a string with proper escapes").with_source(e))
     }
 }
 
@@ -321,11 +349,7 @@ impl Json<'_> {
 /// # Errors
 /// A name that comes twice or is `__metadata__`; a tensor whose source cannot give row-major order or gives another number
 /// of bytes than its shape needs; the output's errors.
-pub fn write<W: Write>(
-    mut out: W,
-    tensors: &[(&str, &dyn TensorSource)],
-    metadata: &[(String, String)],
-) -> Result<W> {
+pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metadata: &[(String, String)]) -> Result<W> {
     let mut order = tensors.to_vec();
     let place = |dtype: Dtype| DTYPES.iter().position(|d| d.1 == dtype);
     order.sort_by(|a, b| {
@@ -375,7 +399,10 @@ pub fn write<W: Write>(
         });
         streamed.map_err(|e| e.at(name))?;
         if bytes_of(tensor) != Some(written) {
-            return Err(Error::usage(format!("{name}: {written} bytes were given, the shape {:?} needs others", tensor.shape())));
+            return Err(Error::usage(format!(
+                "{name}: {written} bytes were given, the shape {:?} needs others",
+                tensor.shape()
+            )));
         }
     }
     Ok(out)

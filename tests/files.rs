@@ -108,7 +108,9 @@ fn state_dicts_are_torch_saves_byte_for_byte() {
     same_bytes("0.pt", &save_state_dict("0", &crosscoder(Dtype::F32)));
     let folder = Writer::<Vec<u8>>::folder_for(Path::new("runs/cc_weights.v2.pt"));
     same_bytes("cc_weights.v2.pt", &save_state_dict(&folder, &crosscoder(Dtype::BF16)));
-    for (path, folder) in [("a/x.pt", "x"), ("x", "x"), (".pt", "archive"), ("é.pt", "archive"), ("/", "archive"), ("a.b", "a")] {
+    for (path, folder) in
+        [("a/x.pt", "x"), ("x", "x"), (".pt", "archive"), ("é.pt", "archive"), ("/", "archive"), ("a.b", "a")]
+    {
         assert_eq!(Writer::<Vec<u8>>::folder_for(Path::new(path)), folder);
     }
 }
@@ -156,6 +158,7 @@ fn nested_values_are_torch_saves_byte_for_byte() {
         ("nothing".into(), Save::Tensor(&nothing)),
         ("flags".into(), Save::Tensor(&flags)),
     ]);
+    let ours = Writer::new(Vec::new(), "values").unwrap().save(&root).unwrap();
     same_bytes("values.pt", &ours);
 
     let pt = PtFile::new(Cursor::new(ours)).unwrap();
@@ -170,7 +173,8 @@ fn nested_values_are_torch_saves_byte_for_byte() {
 
 /// A tensor of this type in which no two bytes in a row repeat, as far as the type allows.
 fn patterned(dtype: Dtype, shape: &[usize]) -> Tensor {
-    let bytes: Vec<u8> = (0..shape.iter().product::<usize>() * dtype.size_bytes()).map(|i| (i * 37 % 251) as u8).collect();
+    let bytes: Vec<u8> =
+        (0..shape.iter().product::<usize>() * dtype.size_bytes()).map(|i| (i * 37 % 251) as u8).collect();
     let bytes = if dtype == Dtype::Bool { bytes.iter().map(|b| b & 1).collect() } else { bytes };
     let mut values = Values::with_capacity(dtype, 0);
     values.push_le_bytes(&bytes);
@@ -179,10 +183,12 @@ fn patterned(dtype: Dtype, shape: &[usize]) -> Tensor {
 
 fn row_major(tensor: &Tensor) -> Vec<u8> {
     let mut bytes = vec![];
-    tensor.row_major_le_bytes(|b| {
-        bytes.extend_from_slice(b);
-        Result::<()>::Ok(())
-    }).unwrap();
+    tensor
+        .row_major_le_bytes(|b| {
+            bytes.extend_from_slice(b);
+            Result::<()>::Ok(())
+        })
+        .unwrap();
     bytes
 }
 
@@ -198,7 +204,11 @@ fn every_dtype_goes_round_in_every_format() {
             let found = file.find(&["t".into()]).unwrap();
             let back = file.read(&found).unwrap();
             assert_eq!(row_major(&back), row_major(&tensor), "{what}");
-            assert_eq!((back.shape(), back.strides(), back.dtype()), (tensor.shape(), tensor.strides(), dtype), "{what}");
+            assert_eq!(
+                (back.shape(), back.strides(), back.dtype()),
+                (tensor.shape(), tensor.strides(), dtype),
+                "{what}"
+            );
             assert_eq!(file.crc32(&found).unwrap(), crc32(&row_major(&tensor)), "{what}");
             assert_eq!(save_state_dict("x", &[("t", back)]), saved, "{what}: written anew");
 

@@ -38,7 +38,10 @@ fn unusual_archives_are_read() {
     accepted("deflated", &all_as(Record::deflated));
     accepted("comment", &zip(&good(), |e| e.comment = b"a comment".to_vec()));
     accepted("longest comment", &zip(&good(), |e| e.comment = vec![b'c'; 65535]));
-    accepted("an end record's signature in the comment", &zip(&good(), |e| e.comment = b"PK\x05\x06 is how it begins".to_vec()));
+    accepted(
+        "an end record's signature in the comment",
+        &zip(&good(), |e| e.comment = b"PK\x05\x06 is how it begins".to_vec()),
+    );
     accepted("zip64 end", &zip(&good(), |e| e.wide = true));
     accepted("zip64 end, ones", &zip(&good(), |e| (e.wide, e.ones) = (true, true)));
     accepted("zip64 end with more in it", &zip(&good(), |e| (e.wide, e.ones, e.extensible) = (true, true, vec![7; 9])));
@@ -78,33 +81,45 @@ fn unusual_archives_are_read() {
     accepted("no checksums", &all_as(|r| r.both(|h| h.crc = 0)));
     accepted("no checksums, descriptors", &all_as(|r| r.both(|h| h.crc = 0).described(true, false)));
     // All three numbers of an entry in a zip64 block, and of the local header.
-    accepted("zip64 entry", &storage_as(|r| {
-        r.with(|r| {
-            (r.entry.size, r.entry.packed) = (!0, !0);
-            r.entry.extra = wide(&[16, 16]);
-            (r.local.size, r.local.packed) = (!0, !0);
-            r.local.extra = wide(&[16, 16]);
-        })
-    }));
-    accepted("zip64 in a later block", &storage_as(|r| {
-        r.with(|r| {
-            r.entry.size = !0;
-            r.entry.extra = [b"UT\x01\0x".to_vec(), wide(&[16])].concat();
-        })
-    }));
+    accepted(
+        "zip64 entry",
+        &storage_as(|r| {
+            r.with(|r| {
+                (r.entry.size, r.entry.packed) = (!0, !0);
+                r.entry.extra = wide(&[16, 16]);
+                (r.local.size, r.local.packed) = (!0, !0);
+                r.local.extra = wide(&[16, 16]);
+            })
+        }),
+    );
+    accepted(
+        "zip64 in a later block",
+        &storage_as(|r| {
+            r.with(|r| {
+                r.entry.size = !0;
+                r.entry.extra = [b"UT\x01\0x".to_vec(), wide(&[16])].concat();
+            })
+        }),
+    );
     let offset = zip(&good()[..2], |_| {}).windows(4).position(|w| w == b"PK\x01\x02").unwrap() as u64;
-    accepted("zip64 offset", &storage_as(|r| {
-        r.with(|r| {
-            r.entry.offset = Some(!0);
-            r.entry.extra = wide(&[offset]);
-        })
-    }));
-    accepted("zip64 in a local header under a descriptor", &storage_as(|r| {
-        r.described(true, true).with(|r| {
-            (r.local.size, r.local.packed) = (!0, !0);
-            r.local.extra = wide(&[0, 0]);
-        })
-    }));
+    accepted(
+        "zip64 offset",
+        &storage_as(|r| {
+            r.with(|r| {
+                r.entry.offset = Some(!0);
+                r.entry.extra = wide(&[offset]);
+            })
+        }),
+    );
+    accepted(
+        "zip64 in a local header under a descriptor",
+        &storage_as(|r| {
+            r.described(true, true).with(|r| {
+                (r.local.size, r.local.packed) = (!0, !0);
+                r.local.extra = wide(&[0, 0]);
+            })
+        }),
+    );
     accepted("a local header that lies, of a record that nobody reads", &{
         let mut all = good();
         all.push(record("a/extra", b"x").with(|r| r.local.name = b"a/EXTRA".to_vec()));
@@ -126,74 +141,116 @@ fn local_headers_must_agree() {
     refused("checksum", &storage_as(|r| r.with(|r| r.local.crc ^= 1)), &["checksum"]);
     refused("checksum of 0", &storage_as(|r| r.with(|r| r.local.crc = 0)), &["checksum"]);
     refused("checksum of 0 in the directory alone", &storage_as(|r| r.with(|r| r.entry.crc = 0)), &["checksum"]);
-    refused("zip64 sizes", &storage_as(|r| {
-        r.with(|r| {
-            (r.local.size, r.local.packed) = (!0, !0);
-            r.local.extra = wide(&[16, 17]);
-        })
-    }), word);
+    refused(
+        "zip64 sizes",
+        &storage_as(|r| {
+            r.with(|r| {
+                (r.local.size, r.local.packed) = (!0, !0);
+                r.local.extra = wide(&[16, 17]);
+            })
+        }),
+        word,
+    );
     refused("zip64 sizes missing", &storage_as(|r| r.with(|r| (r.local.size, r.local.packed) = (!0, !0))), word);
     for i in [0, 4, 8, 12] {
         refused("descriptor", &storage_as(|r| r.described(true, false).with(|r| r.after[i] ^= 1)), word);
     }
     refused("no descriptor", &storage_as(|r| r.described(true, false).with(|r| r.after.clear())), word);
     refused("half a descriptor", &storage_as(|r| r.described(true, false).with(|r| r.after.truncate(9))), word);
-    refused("a checksum in the local header that the descriptor replaces", &storage_as(|r| {
-        r.described(true, false).with(|r| r.local.crc = 77)
-    }), word);
-    refused("the pickle's", &{
-        let mut all = good();
-        all[0].local.name = b"b/data.pkl".to_vec();
-        zip(&all, |_| {})
-    }, word);
+    refused(
+        "a checksum in the local header that the descriptor replaces",
+        &storage_as(|r| r.described(true, false).with(|r| r.local.crc = 77)),
+        word,
+    );
+    refused(
+        "the pickle's",
+        &{
+            let mut all = good();
+            all[0].local.name = b"b/data.pkl".to_vec();
+            zip(&all, |_| {})
+        },
+        word,
+    );
 }
 
 #[test]
 fn records_have_their_places() {
-    refused("record beyond the file", &storage_as(|r| r.with(|r| r.entry.offset = Some(1 << 30))), &["before the directory"]);
-    refused("record in the directory", &{
-        let all = good();
-        let directory = zip(&all, |_| {}).windows(4).position(|w| w == b"PK\x01\x02").unwrap() as u32;
-        storage_as(|r| r.with(|r| r.entry.offset = Some(directory)))
-    }, &["before the directory"]);
-    refused("data runs into the directory", &{
-        let mut all = good();
-        let last = all.last_mut().unwrap();
-        (last.local.size, last.local.packed, last.entry.size, last.entry.packed) = (9, 9, 9, 9);
-        zip(&all, |_| {})
-    }, &["before the directory"]);
-    refused("two records in one place", &{
-        let mut all = good();
-        all[2].entry.offset = Some(0);
-        zip(&all, |_| {})
-    }, &["overlap"]);
-    refused("data runs into the next record", &{
-        let mut all = good();
-        all[1] = all[1].clone().both(|h| (h.size, h.packed) = (7, 7));
-        zip(&all, |_| {})
-    }, &["overlap"]);
+    refused(
+        "record beyond the file",
+        &storage_as(|r| r.with(|r| r.entry.offset = Some(1 << 30))),
+        &["before the directory"],
+    );
+    refused(
+        "record in the directory",
+        &{
+            let all = good();
+            let directory = zip(&all, |_| {}).windows(4).position(|w| w == b"PK\x01\x02").unwrap() as u32;
+            storage_as(|r| r.with(|r| r.entry.offset = Some(directory)))
+        },
+        &["before the directory"],
+    );
+    refused(
+        "data runs into the directory",
+        &{
+            let mut all = good();
+            let last = all.last_mut().unwrap();
+            (last.local.size, last.local.packed, last.entry.size, last.entry.packed) = (9, 9, 9, 9);
+            zip(&all, |_| {})
+        },
+        &["before the directory"],
+    );
+    refused(
+        "two records in one place",
+        &{
+            let mut all = good();
+            all[2].entry.offset = Some(0);
+            zip(&all, |_| {})
+        },
+        &["overlap"],
+    );
+    refused(
+        "data runs into the next record",
+        &{
+            let mut all = good();
+            all[1] = all[1].clone().both(|h| (h.size, h.packed) = (7, 7));
+            zip(&all, |_| {})
+        },
+        &["overlap"],
+    );
     // A record within another's data, as an archive in an archive.
-    refused("nested", &{
-        let inner = zip(&[record("x", b"12345")], |_| {});
-        let mut all = good();
-        all.push(record("a/inner", &inner));
-        let at = zip(&all[..4], |_| {}).windows(4).position(|w| w == b"PK\x01\x02").unwrap() as u32;
-        all.push(record("x", b"12345").with(|r| r.entry.offset = Some(at + 30 + 7)));
-        zip(&all, |_| {})
-    }, &["overlap"]);
-    refused("a descriptor in the next record", &{
-        let mut all = good();
-        all[2] = all[2].clone().described(true, false);
-        let cut = all[2].after.split_off(8);
-        all[3].gap = vec![];
-        let _ = cut;
-        zip(&all, |_| {})
-    }, &["contradicts"]);
-    refused("first byte", &{
-        let mut all = good();
-        all[0].gap = b"#!/bin/sh\n".to_vec();
-        zip(&all, |_| {})
-    }, &["not a .pt file"]);
+    refused(
+        "nested",
+        &{
+            let inner = zip(&[record("x", b"12345")], |_| {});
+            let mut all = good();
+            all.push(record("a/inner", &inner));
+            let at = zip(&all[..4], |_| {}).windows(4).position(|w| w == b"PK\x01\x02").unwrap() as u32;
+            all.push(record("x", b"12345").with(|r| r.entry.offset = Some(at + 30 + 7)));
+            zip(&all, |_| {})
+        },
+        &["overlap"],
+    );
+    refused(
+        "a descriptor in the next record",
+        &{
+            let mut all = good();
+            all[2] = all[2].clone().described(true, false);
+            let cut = all[2].after.split_off(8);
+            all[3].gap = vec![];
+            let _ = cut;
+            zip(&all, |_| {})
+        },
+        &["contradicts"],
+    );
+    refused(
+        "first byte",
+        &{
+            let mut all = good();
+            all[0].gap = b"#!/bin/sh\n".to_vec();
+            zip(&all, |_| {})
+        },
+        &["not a .pt file"],
+    );
 }
 
 #[test]
@@ -212,12 +269,32 @@ fn end_records_must_agree() {
     refused("a gap that the size covers", &zip(&good(), |e| (e.gap, e.size) = (vec![0; 3], e.size + 3)), word);
     refused("start that overflows", &zip(&good(), |e| (e.wide, e.ones, e.start) = (true, true, u64::MAX)), word);
     refused("size that overflows", &zip(&good(), |e| (e.wide, e.ones, e.size) = (true, true, u64::MAX)), word);
-    refused("a comment that is too short", &zip(&good(), |e| (e.comment, e.comment_length) = (b"abc".to_vec(), Some(2))), &["just its comment"]);
-    refused("a comment that is too long", &zip(&good(), |e| (e.comment, e.comment_length) = (b"abc".to_vec(), Some(4))), &["just its comment"]);
+    refused(
+        "a comment that is too short",
+        &zip(&good(), |e| (e.comment, e.comment_length) = (b"abc".to_vec(), Some(2))),
+        &["just its comment"],
+    );
+    refused(
+        "a comment that is too long",
+        &zip(&good(), |e| (e.comment, e.comment_length) = (b"abc".to_vec(), Some(4))),
+        &["just its comment"],
+    );
     refused("a byte after the end", &zip(&good(), |e| e.after = vec![0]), &["just its comment"]);
-    refused("zip64 disagrees on entries", &zip(&good(), |e| (e.wide, e.plain) = (true, Some([5, e.size as u32, e.start as u32]))), word);
-    refused("zip64 disagrees on size", &zip(&good(), |e| (e.wide, e.plain) = (true, Some([4, 9, e.start as u32]))), word);
-    refused("zip64 disagrees on start", &zip(&good(), |e| (e.wide, e.plain) = (true, Some([4, e.size as u32, 9]))), word);
+    refused(
+        "zip64 disagrees on entries",
+        &zip(&good(), |e| (e.wide, e.plain) = (true, Some([5, e.size as u32, e.start as u32]))),
+        word,
+    );
+    refused(
+        "zip64 disagrees on size",
+        &zip(&good(), |e| (e.wide, e.plain) = (true, Some([4, 9, e.start as u32]))),
+        word,
+    );
+    refused(
+        "zip64 disagrees on start",
+        &zip(&good(), |e| (e.wide, e.plain) = (true, Some([4, e.size as u32, 9]))),
+        word,
+    );
     refused("ones without zip64", &zip(&good(), |e| e.plain = Some([0xffff, !0, !0])), word);
     refused("several disks", &zip(&good(), |e| (e.wide, e.locator_disks) = (true, 2)), word);
     refused("zip64 wrong entries", &zip(&good(), |e| (e.wide, e.ones, e.entries, e.here) = (true, true, 9, 9)), word);
@@ -225,12 +302,16 @@ fn end_records_must_agree() {
     refused("disk of an entry", &storage_as(|r| r.with(|r| r.entry.disk = 1)), &["disk"]);
     refused("entry signature", &storage_as(|r| r.with(|r| r.entry.signature = *b"PK\x01\x03")), word);
     refused("zip64 block is missing", &storage_as(|r| r.with(|r| r.entry.size = !0)), &["zip64"]);
-    refused("zip64 block is short", &storage_as(|r| {
-        r.with(|r| {
-            (r.entry.size, r.entry.packed) = (!0, !0);
-            r.entry.extra = wide(&[16]);
-        })
-    }), &["zip64"]);
+    refused(
+        "zip64 block is short",
+        &storage_as(|r| {
+            r.with(|r| {
+                (r.entry.size, r.entry.packed) = (!0, !0);
+                r.entry.extra = wide(&[16]);
+            })
+        }),
+        &["zip64"],
+    );
     let file = zip(&good(), |_| {});
     for cut in 1..file.len() {
         assert!(read_all(&file[..cut]).is_err(), "cut to {cut}");
@@ -275,11 +356,15 @@ fn methods_and_flags() {
     }
     refused("patch", &storage_as(|r| r.both(|h| h.flags |= 1 << 5)), &["patch"]);
     refused("stored with two sizes", &storage_as(|r| r.both(|h| h.size = 15)), &["stored"]);
-    refused("of a record that nobody reads", &{
-        let mut all = good();
-        all.push(record("a/x", b"").both(|h| h.method = 12));
-        zip(&all, |_| {})
-    }, &["method"]);
+    refused(
+        "of a record that nobody reads",
+        &{
+            let mut all = good();
+            all.push(record("a/x", b"").both(|h| h.method = 12));
+            zip(&all, |_| {})
+        },
+        &["method"],
+    );
 }
 
 #[test]
@@ -306,21 +391,35 @@ fn deflate_ends_where_it_must() {
     refused("many bytes after the end", &deflated(add(&[0xaa; 20_000]), 16), words);
     let cut = |n: usize| honest[..honest.len() - n].to_vec();
     refused("cut in the data", &deflated(cut(1), 16), &["deflate", "cannot read on"]);
-    refused("no last block", &deflated({
-        let mut open = honest.clone();
-        open[0] = 0;
-        open
-    }, 16), words);
+    refused(
+        "no last block",
+        &deflated(
+            {
+                let mut open = honest.clone();
+                open[0] = 0;
+                open
+            },
+            16,
+        ),
+        words,
+    );
     refused("last block cut", &deflated(flushed[..flushed.len() - 1].to_vec(), 16), words);
     refused("last block gone", &deflated(flushed[..flushed.len() - 2].to_vec(), 16), words);
     refused("longer than said", &deflated(honest.clone(), 15), &["record has 15", "deflate"]);
     refused("no packed bytes", &deflated(vec![], 16), &["deflate", "cannot read on"]);
     refused("no deflate", &deflated(vec![0xff; 30], 16), &["deflate", "cannot read on"]);
-    refused("one bit", &deflated({
-        let mut flipped = honest.clone();
-        *flipped.last_mut().unwrap() ^= 1;
-        flipped
-    }, 16), &["checksum"]);
+    refused(
+        "one bit",
+        &deflated(
+            {
+                let mut flipped = honest.clone();
+                *flipped.last_mut().unwrap() ^= 1;
+                flipped
+            },
+            16,
+        ),
+        &["checksum"],
+    );
     // The sizes agree with the pickle, not with the stream.
     let five = dict(&rebuild(&storage("FloatStorage", "0", 5), 0, &[5], &[1]));
     let mut all = records(&five);

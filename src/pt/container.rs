@@ -106,7 +106,9 @@ impl<R: Read + Seek> Container<R> {
         let record = self.records.get(index).ok_or_else(|| Error::usage(format!("there is no record {index}")))?;
         match &record.data {
             Ok(_) => Ok(record),
-            Err(fault) => Err(Error::format(format!("the local header contradicts the directory: {fault}")).at(&record.name)),
+            Err(fault) => {
+                Err(Error::format(format!("the local header contradicts the directory: {fault}")).at(&record.name))
+            }
         }
     }
 
@@ -161,7 +163,9 @@ impl<R: Read + Seek> Container<R> {
         if let Some(record) = self.records.get_mut(index) {
             if record.crc != 0 && record.crc != crc {
                 let needed = record.crc;
-                return Err(Error::format(format!("checksum (CRC-32) is {crc:08x}, the directory has {needed:08x}")).at(name));
+                return Err(
+                    Error::format(format!("checksum (CRC-32) is {crc:08x}, the directory has {needed:08x}")).at(name)
+                );
             }
             record.verified = true;
         }
@@ -269,7 +273,7 @@ struct End {
 impl End {
     fn find<R: Read + Seek>(reader: &mut R, length: u64) -> Result<Self> {
         // 22 bytes and a comment of at most 65,535, which ends the file.
-        let tail_bytes = length.min(END_BYTES as u64 + u64::from(u16::MAX));
+        let tail_bytes = length.min(u64::from(u16::MAX).saturating_add(END_BYTES as u64));
         let tail_at = length.saturating_sub(tail_bytes);
         let tail = read_at(reader, tail_at, usize::try_from(tail_bytes).unwrap_or(usize::MAX))?;
         let found = (0..=tail.len().saturating_sub(END_BYTES)).rev().find_map(|i| {
@@ -291,7 +295,8 @@ impl End {
         let (records_end, disks, here64, entries64, size64, start64) = match locator {
             None => (end_at, (0, 0), here.into(), entries.into(), size.into(), start.into()),
             Some((locator_at, bytes)) => {
-                let end64 = End64::read(reader, locator_at, &bytes).ok_or_else(|| wrong("the zip64 records are damaged".into()))?;
+                let end64 = End64::read(reader, locator_at, &bytes)
+                    .ok_or_else(|| wrong("the zip64 records are damaged".into()))?;
                 (end64.at, end64.disks, end64.here, end64.entries, end64.size, end64.start)
             }
         };
@@ -313,7 +318,9 @@ impl End {
             return Err(wrong(format!("disks {disks:?}; an archive on several disks is not read")));
         }
         if here64 != entries64 {
-            return Err(wrong(format!("{here64} of {entries64} records are on this disk; an archive on several disks is not read")));
+            return Err(wrong(format!(
+                "{here64} of {entries64} records are on this disk; an archive on several disks is not read"
+            )));
         }
         if start64.checked_add(size64) != Some(records_end) {
             return Err(wrong(format!(
@@ -349,7 +356,14 @@ impl End64 {
         (b.take(4)? == b"PK\x06\x06").then_some(())?;
         (b.u64()?.checked_add(12)? == length).then_some(())?;
         let _versions = b.u32()?;
-        Some(End64 { at, disks: (b.u32()?, b.u32()?), here: b.u64()?, entries: b.u64()?, size: b.u64()?, start: b.u64()? })
+        Some(End64 {
+            at,
+            disks: (b.u32()?, b.u32()?),
+            here: b.u64()?,
+            entries: b.u64()?,
+            size: b.u64()?,
+            start: b.u64()?,
+        })
     }
 }
 
@@ -392,7 +406,8 @@ fn read_entry(b: &mut Bytes<'_>) -> Result<Record> {
     let mut next32 = || b.u32().ok_or_else(cut);
     let (crc, packed32, size32) = (next32()?, next32()?, next32()?);
     let mut next16 = || b.u16().ok_or_else(cut);
-    let (name_bytes, extra_bytes, comment_bytes, disk, _attributes) = (next16()?, next16()?, next16()?, next16()?, next16()?);
+    let (name_bytes, extra_bytes, comment_bytes, disk, _attributes) =
+        (next16()?, next16()?, next16()?, next16()?, next16()?);
     let _attributes = b.u32().ok_or_else(cut)?;
     let header32 = b.u32().ok_or_else(cut)?;
     let name = b.take(name_bytes.into()).ok_or_else(cut)?;
@@ -402,15 +417,23 @@ fn read_entry(b: &mut Bytes<'_>) -> Result<Record> {
     let name = str::from_utf8(name)
         .map_err(|_| Error::format(format!("the name {:?} is not UTF-8", String::from_utf8_lossy(name))))?
         .to_string();
-    if name.is_empty() || name.starts_with('/') || name.contains(['\0', '\\']) || name.split('/').any(|part| part == "..") {
-        return Err(Error::format(format!("the name {name:?} is empty, climbs out of the archive or holds NUL or a backslash")));
+    if name.is_empty()
+        || name.starts_with('/')
+        || name.contains(['\0', '\\'])
+        || name.split('/').any(|part| part == "..")
+    {
+        return Err(Error::format(format!(
+            "the name {name:?} is empty, climbs out of the archive or holds NUL or a backslash"
+        )));
     }
     let wrong = |what: String| Error::format(what).at(&name);
 
     // All ones in a field: the zip64 block has the number, in this order.
     let mut wide = Bytes::new(extra_block(extra, 1).unwrap_or_default());
     let mut widen = |small: u32| match small {
-        u32::MAX => wide.u64().ok_or_else(|| wrong("a size or offset is said to be in a zip64 block and is not".into())),
+        u32::MAX => {
+            wide.u64().ok_or_else(|| wrong("a size or offset is said to be in a zip64 block and is not".into()))
+        }
         small => Ok(u64::from(small)),
     };
     let (size, packed, header) = (widen(size32)?, widen(packed32)?, widen(header32)?);
@@ -453,9 +476,13 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
     let mut free_from = 0;
     for i in order {
         let Some(record) = records.get_mut(i) else { continue };
-        let outside = || Error::format(format!("it does not lie before the directory, which begins at byte {directory_at}"));
+        let outside =
+            || Error::format(format!("it does not lie before the directory, which begins at byte {directory_at}"));
         if record.header < free_from {
-            let what = format!("it begins at byte {} and overlaps the record before it, which ends at {free_from}", record.header);
+            let what = format!(
+                "it begins at byte {} and overlaps the record before it, which ends at {free_from}",
+                record.header
+            );
             return Err(Error::format(what).at(&record.name));
         }
         let room = directory_at.saturating_sub(record.header);
@@ -467,13 +494,17 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
             // Of a record that nobody reads, only the place matters; who reads it is told.
             record.data = Err("it has no local header".into());
             let end = LOCAL_BYTES.checked_add(record.name.len() as u64).and_then(|n| n.checked_add(record.packed));
-            free_from = end.and_then(|n| record.header.checked_add(n)).filter(|&n| n <= directory_at).ok_or_else(|| outside().at(&record.name))?;
+            free_from = end
+                .and_then(|n| record.header.checked_add(n))
+                .filter(|&n| n <= directory_at)
+                .ok_or_else(|| outside().at(&record.name))?;
             continue;
         };
         let variable = usize::from(local.name_bytes).saturating_add(local.extra_bytes.into());
         let name_at = record.header.saturating_add(LOCAL_BYTES);
         let data = name_at.saturating_add(variable as u64);
-        let end = data.checked_add(record.packed).filter(|&n| n <= directory_at).ok_or_else(|| outside().at(&record.name))?;
+        let end =
+            data.checked_add(record.packed).filter(|&n| n <= directory_at).ok_or_else(|| outside().at(&record.name))?;
         let variable = read_at(reader, name_at, variable)?;
         let (name, extra) = variable.split_at_checked(local.name_bytes.into()).unwrap_or_default();
 
@@ -484,7 +515,10 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
             let after = read_at(reader, end, usize::try_from(room).unwrap_or_default())?;
             match descriptor_bytes(record, &after) {
                 Some(n) => free_from = end.saturating_add(n),
-                None => fault = fault.or(Some("no data descriptor with its checksum (CRC-32) and sizes follows the data".into())),
+                None => {
+                    fault = fault
+                        .or(Some("no data descriptor with its checksum (CRC-32) and sizes follows the data".into()))
+                }
             }
         }
         record.data = fault.map_or(Ok(data), Err);

@@ -94,11 +94,52 @@ pub(crate) enum Global {
 
 /// Every dtype that PyTorch names. Some of them are carried, see [`carried`].
 const DTYPES: [&str; 46] = [
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "uint16", "uint32",
-    "uint64", "complex32", "complex64", "complex128", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
-    "float8_e8m0fnu", "float4_e2m1fn_x2", "qint8", "qint32", "quint8", "quint4x2", "quint2x4", "bits1x8", "bits2x4",
-    "bits4x2", "bits8", "bits16", "int1", "int2", "int3", "int4", "int5", "int6", "int7", "uint1", "uint2", "uint3", "uint4",
-    "uint5", "uint6", "uint7",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "uint16",
+    "uint32",
+    "uint64",
+    "complex32",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
+    "qint8",
+    "qint32",
+    "quint8",
+    "quint4x2",
+    "quint2x4",
+    "bits1x8",
+    "bits2x4",
+    "bits4x2",
+    "bits8",
+    "bits16",
+    "int1",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "uint1",
+    "uint2",
+    "uint3",
+    "uint4",
+    "uint5",
+    "uint6",
+    "uint7",
 ];
 
 const STORAGES: [(&str, Option<Dtype>); 17] = [
@@ -314,7 +355,7 @@ impl<'a> Machine<'a> {
             }
             b')' => self.stack.push(Nodes::EMPTY_TUPLE),
             0x85..=0x87 => {
-                let mut items = vec![Nodes::NONE; usize::from(opcode - 0x84)];
+                let mut items = vec![Nodes::NONE; usize::from(opcode.saturating_sub(0x84))];
                 for item in items.iter_mut().rev() {
                     *item = self.pop()?;
                 }
@@ -390,7 +431,8 @@ impl<'a> Machine<'a> {
             0x93 => {
                 let name = self.pop()?;
                 let module = self.pop()?;
-                let (Some(Node::Str(module)), Some(Node::Str(name))) = (self.nodes.get(module), self.nodes.get(name)) else {
+                let (Some(Node::Str(module)), Some(Node::Str(name))) = (self.nodes.get(module), self.nodes.get(name))
+                else {
                     return Err(Error::format("STACK_GLOBAL needs two strings"));
                 };
                 let global = Global::named(module, name)?;
@@ -609,7 +651,9 @@ impl<'a> Machine<'a> {
             !hashable || matches!(node, Some(Node::Tensor(_) | Node::Storage(_)))
         };
         match ids.iter().find(bad) {
-            Some(&id) => Err(Error::format(format!("{} cannot be a key of a dict or an element of a set", self.nodes.kind(id)))),
+            Some(&id) => {
+                Err(Error::format(format!("{} cannot be a key of a dict or an element of a set", self.nodes.kind(id))))
+            }
             None => Ok(()),
         }
     }
@@ -621,7 +665,8 @@ impl<'a> Machine<'a> {
             _ => &[],
         };
         let parts: Vec<&Node> = parts.iter().filter_map(|&id| self.nodes.get(id)).collect();
-        let [Node::Str(tag), Node::Global(class), Node::Str(key), Node::Str(_location), count] = parts.as_slice() else {
+        let [Node::Str(tag), Node::Global(class), Node::Str(key), Node::Str(_location), count] = parts.as_slice()
+        else {
             return Err(Error::format("a persistent id is not ('storage', class, key, location, count)"));
         };
         if &**tag != "storage" {
@@ -631,7 +676,9 @@ impl<'a> Machine<'a> {
             Global::Storage(_, Some(dtype)) => dtype.size_bytes() as u64,
             Global::UntypedStorage => 1,
             Global::Storage(name, None) => {
-                return Err(Error::unsupported(format!("a storage of type torch.{name}, which this crate does not carry")));
+                return Err(Error::unsupported(format!(
+                    "a storage of type torch.{name}, which this crate does not carry"
+                )));
             }
             _ => return Err(Error::format(format!("{} as the class of a storage", class.name()))),
         };
@@ -651,7 +698,9 @@ impl<'a> Machine<'a> {
         };
         let storage = Storage { record, dtype, bytes: record_bytes };
         match self.storages.insert(record, storage) {
-            Some(before) if before != storage => Err(Error::format(format!("storage {key:?} is named under two classes"))),
+            Some(before) if before != storage => {
+                Err(Error::format(format!("storage {key:?} is named under two classes")))
+            }
             _ => Ok(storage),
         }
     }
@@ -682,12 +731,16 @@ impl<'a> Machine<'a> {
             (Global::Counter, _) => Err(wrong("nothing or a dict")),
 
             (Global::Size, []) => Ok(Node::Tuple(Vec::new())),
-            (Global::Size, [Node::Tuple(sizes) | Node::List(sizes)]) if sizes.iter().all(|&id| matches!(node(id), Node::Int(_))) => {
+            (Global::Size, [Node::Tuple(sizes) | Node::List(sizes)])
+                if sizes.iter().all(|&id| matches!(node(id), Node::Int(_))) =>
+            {
                 Ok(Node::Tuple(sizes.clone()))
             }
             (Global::Size, _) => Err(wrong("a tuple of integers")),
             (Global::Device, [Node::Str(kind)]) => Ok(Node::Opaque(format!("torch.device({kind:?})"))),
-            (Global::Device, [Node::Str(kind), Node::Int(n)]) => Ok(Node::Opaque(format!("torch.device(\"{kind}:{n}\")"))),
+            (Global::Device, [Node::Str(kind), Node::Int(n)]) => {
+                Ok(Node::Opaque(format!("torch.device(\"{kind}:{n}\")")))
+            }
             (Global::Device, _) => Err(wrong("a string, or a string and an integer")),
 
             (Global::Rebuild(1), [Node::Storage(storage), offset, size, stride]) => {
@@ -716,10 +769,13 @@ impl<'a> Machine<'a> {
                 ],
             ) if flags.len() <= 1 => {
                 self.check_flags(flags)?;
-                let refuse = || Error::unsupported(format!("a tensor of dtype torch.{name}, which this crate does not carry"));
+                let refuse =
+                    || Error::unsupported(format!("a tensor of dtype torch.{name}, which this crate does not carry"));
                 self.tensor(*storage, carried(name).ok_or_else(refuse)?, [offset, size, stride])
             }
-            (Global::Rebuild(_), _) => Err(wrong("(storage, offset, size, stride, requires_grad, hooks, dtype[, flags])")),
+            (Global::Rebuild(_), _) => {
+                Err(wrong("(storage, offset, size, stride, requires_grad, hooks, dtype[, flags])"))
+            }
 
             (Global::RebuildParameter, [Node::Tensor(tensor), Node::Bool(_), Node::Dict(..) | Node::None]) => {
                 Ok(Node::Tensor(tensor.clone()))
@@ -766,15 +822,21 @@ impl<'a> Machine<'a> {
             }
             (Global::Set, _) => Err(wrong("a list")),
             (Global::Bytearray, []) => Ok(Node::Opaque("bytearray of 0 bytes".into())),
-            (Global::Bytearray, [Node::Bytes(bytes)]) => Ok(Node::Opaque(format!("bytearray of {} bytes", bytes.len()))),
-            (Global::Bytearray, [Node::Str(text), Node::Str(encoding)]) if matches!(&**encoding, "latin1" | "latin-1") => {
+            (Global::Bytearray, [Node::Bytes(bytes)]) => {
+                Ok(Node::Opaque(format!("bytearray of {} bytes", bytes.len())))
+            }
+            (Global::Bytearray, [Node::Str(text), Node::Str(encoding)])
+                if matches!(&**encoding, "latin1" | "latin-1") =>
+            {
                 if text.chars().any(|c| u8::try_from(c).is_err()) {
                     return Err(wrong("characters below 256"));
                 }
                 Ok(Node::Opaque(format!("bytearray of {} bytes", text.chars().count())))
             }
             (Global::Bytearray, _) => Err(wrong("nothing, bytes, or a string and 'latin-1'")),
-            (Global::Complex, [Node::Float(re), Node::Float(im)]) => Ok(Node::Opaque(format!("complex({re:?}, {im:?})"))),
+            (Global::Complex, [Node::Float(re), Node::Float(im)]) => {
+                Ok(Node::Opaque(format!("complex({re:?}, {im:?})")))
+            }
             (Global::Complex, _) => Err(wrong("two floats")),
             _ => Err(Error::unsupported("it may be named, not called")),
         }
@@ -810,7 +872,8 @@ impl<'a> Machine<'a> {
             match (self.nodes.get(key), self.nodes.get(value)) {
                 (Some(Node::Str(key)), Some(Node::Bool(set))) if matches!(&**key, "conj" | "neg") => {
                     if *set {
-                        let what = format!("a tensor with the {key} bit set: its values are stored before that operation");
+                        let what =
+                            format!("a tensor with the {key} bit set: its values are stored before that operation");
                         return Err(Error::unsupported(what));
                     }
                 }
@@ -834,13 +897,16 @@ impl<'a> Machine<'a> {
 
     fn tensor(&self, storage: Storage, dtype: Dtype, [offset, size, stride]: [&Node; 3]) -> Result<Node> {
         let number = |what: &str, node: &Node| match node {
-            Node::Int(n) => usize::try_from(*n).map_err(|_| Error::format(format!("{what} {n}; it must not be negative"))),
+            Node::Int(n) => {
+                usize::try_from(*n).map_err(|_| Error::format(format!("{what} {n}; it must not be negative")))
+            }
             _ => Err(Error::format(format!("{what} that is no integer of 64 bits"))),
         };
         let numbers = |what: &str, node: &Node| match node {
-            Node::Tuple(items) | Node::List(items) if items.len() <= MAX_DIMS => {
-                items.iter().map(|&id| number(what, self.nodes.get(id).unwrap_or(&Node::None))).collect::<Result<Vec<_>>>()
-            }
+            Node::Tuple(items) | Node::List(items) if items.len() <= MAX_DIMS => items
+                .iter()
+                .map(|&id| number(what, self.nodes.get(id).unwrap_or(&Node::None)))
+                .collect::<Result<Vec<_>>>(),
             Node::Tuple(items) | Node::List(items) => {
                 Err(Error::format(format!("{} dimensions; the limit is {MAX_DIMS}", items.len())))
             }
@@ -850,9 +916,10 @@ impl<'a> Machine<'a> {
         if shape.len() != strides.len() {
             return Err(Error::format(format!("{} sizes and {} strides", shape.len(), strides.len())));
         }
-        let refuse = |what: String| Error::format(format!("size {shape:?}, strides {strides:?}, offset {offset}: {what}"));
+        let refuse =
+            |what: String| Error::format(format!("size {shape:?}, strides {strides:?}, offset {offset}: {what}"));
         let elements = element_count(&shape).ok_or_else(|| refuse("the number of elements overflows".into()))?;
-        let there = storage.bytes / dtype.size_bytes() as u64;
+        let there = storage.bytes.checked_div(dtype.size_bytes() as u64).unwrap_or(0);
         if elements > 0 {
             let last = shape.iter().zip(&strides).try_fold(offset, |last, (&size, &stride)| {
                 last.checked_add(size.saturating_sub(1).checked_mul(stride)?)
@@ -868,15 +935,8 @@ impl<'a> Machine<'a> {
                 "an expanded view of {elements} elements on a storage of {there}; the limit is {EXPANSION} times its size"
             )));
         }
-        let tensor = TensorRef {
-            dtype,
-            offset,
-            elements,
-            record: storage.record,
-            storage_bytes: storage.bytes,
-            shape,
-            strides,
-        };
+        let tensor =
+            TensorRef { dtype, offset, elements, record: storage.record, storage_bytes: storage.bytes, shape, strides };
         Ok(Node::Tensor(Arc::new(tensor)))
     }
 }

@@ -151,7 +151,8 @@ impl Nodes {
     fn repr(&self, id: Id, depth: usize) -> String {
         match self.get(id) {
             Some(Node::Tuple(items)) if depth < 3 => {
-                let items: Vec<String> = items.iter().take(16).map(|&i| self.repr(i, depth.saturating_add(1))).collect();
+                let items: Vec<String> =
+                    items.iter().take(16).map(|&i| self.repr(i, depth.saturating_add(1))).collect();
                 match items.as_slice() {
                     [one] => format!("({one},)"),
                     items => format!("({})", items.join(", ")),
@@ -164,7 +165,9 @@ impl Nodes {
             Some(Node::Int(n)) => n.to_string(),
             Some(Node::Big(bytes)) if bytes.len() <= 32 => BigInt(bytes).to_string(),
             Some(Node::Float(f)) => format!("{f:?}"),
-            Some(Node::Bytes(bytes)) => format!("b'{}'", bytes.iter().take(256).map(|&b| b.escape_ascii().to_string()).collect::<String>()),
+            Some(Node::Bytes(bytes)) => {
+                format!("b'{}'", bytes.iter().take(256).map(|&b| b.escape_ascii().to_string()).collect::<String>())
+            }
             Some(Node::Opaque(what)) => what.clone(),
             Some(Node::Global(global)) => global.name().into(),
             _ => self.kind(id).into(),

@@ -179,7 +179,8 @@ impl<W: Write> Writer<W> {
     /// A tensor whose strides have holes or whose source gives another number of bytes than its shape needs; values nested
     /// too deep; the errors of the output.
     pub fn save(mut self, root: &Save<'_>) -> Result<W> {
-        let mut pickler = Pickler { out: b"\x80\x02".to_vec(), memo: HashMap::new(), remembered: 0, tensors: Vec::new() };
+        let mut pickler =
+            Pickler { out: b"\x80\x02".to_vec(), memo: HashMap::new(), remembered: 0, tensors: Vec::new() };
         pickler.value(root, 0)?;
         pickler.out.push(b'.');
         let Pickler { out: pickle, tensors, .. } = pickler;
@@ -267,7 +268,9 @@ impl<W: Write> Writer<W> {
         let mut descriptor = b"PK\x07\x08".to_vec();
         descriptor.extend(crc.to_le_bytes());
         match u32::try_from(size) {
-            Ok(size) if header_at < WIDE && u64::from(size) < WIDE => descriptor.extend([size.to_le_bytes(); 2].as_flattened()),
+            Ok(size) if header_at < WIDE && u64::from(size) < WIDE => {
+                descriptor.extend([size.to_le_bytes(); 2].as_flattened())
+            }
             _ => descriptor.extend([size.to_le_bytes(); 2].as_flattened()),
         }
         self.put(&descriptor)
@@ -348,7 +351,9 @@ fn tensor_bytes(tensor: &dyn TensorSource) -> Result<u64> {
         return Err(Error::usage(format!("strides {strides:?} do not lay the shape {shape:?} out densely")));
     }
     let elements = element_count(shape).ok_or_else(|| Error::usage(format!("shape {shape:?} overflows")))? as u64;
-    elements.checked_mul(tensor.dtype().size_bytes() as u64).ok_or_else(|| Error::usage(format!("shape {shape:?} overflows")))
+    elements
+        .checked_mul(tensor.dtype().size_bytes() as u64)
+        .ok_or_else(|| Error::usage(format!("shape {shape:?} overflows")))
 }
 
 /// What the pickler has written before and may refer to.
@@ -481,7 +486,13 @@ impl<'a> Pickler<'a> {
                 0 => self.out.push(b')'),
                 n @ 1..=3 => {
                     items.iter().try_for_each(|item| self.value(item, depth))?;
-                    self.out.push(if n == 1 { 0x85 } else if n == 2 { 0x86 } else { 0x87 });
+                    self.out.push(if n == 1 {
+                        0x85
+                    } else if n == 2 {
+                        0x86
+                    } else {
+                        0x87
+                    });
                     self.remember();
                 }
                 _ => {
@@ -538,7 +549,7 @@ impl<'a> Pickler<'a> {
 
     fn tensor(&mut self, tensor: &'a dyn TensorSource) -> Result<()> {
         let bytes = tensor_bytes(tensor)?;
-        let elements = bytes / tensor.dtype().size_bytes() as u64;
+        let elements = bytes.checked_div(tensor.dtype().size_bytes() as u64).unwrap_or(0);
         let storage = match tensor.dtype() {
             Dtype::F64 => "DoubleStorage",
             Dtype::F32 => "FloatStorage",
@@ -614,7 +625,7 @@ fn hash_set_order(hashes: &[u64]) -> Vec<u64> {
     }
     impl List {
         fn put(&mut self, i: usize, hashes: &[u64], buckets: u64) {
-            let bucket = |i: usize| hashes.get(i).map_or(0, |h| h % buckets);
+            let bucket = |i: usize| hashes.get(i).map_or(0, |h| h.checked_rem(buckets).unwrap_or(0));
             let before = self.before.get(&bucket(i)).copied();
             let after = match before {
                 Some(Some(before)) => self.next.get_mut(before).and_then(|next| next.replace(i)),
