@@ -715,11 +715,7 @@ fn views_stay_inside() {
     bad("ranks", &view(0, &[1], &[]), &["strides"]);
     bad("ranks", &view(0, &[], &[1]), &["strides"]);
     bad("65 dimensions", &view(0, &[1; 65], &[1; 65]), &["limit is 64"]);
-    bad(
-        "wide number",
-        &rebuild(&storage("FloatStorage", "0", 4), 0, &[], &[]).replace_offset(),
-        &["64 bits"],
-    );
+    bad("wide number", &rebuild(&storage("FloatStorage", "0", 4), 0, &[], &[]).replace_offset(), &["64 bits"]);
     for size in [
         &[1 << 40][..],
         &[1 << 32, 1 << 32, 1 << 32],
