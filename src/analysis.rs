@@ -16,8 +16,8 @@
 //! An l1 penalty can make a latent look exclusive to one model that is not: the weaker decoder vector shrinks to zero
 //! though the other model has the concept too, or the concept is split between two latents. Latent Scaling (Minder et
 //! al. 2025, arXiv 2504.02922) asks how much of a latent there is in what each model computes. Let `f[b]` be the
-//! activation of latent `j` on row `b`, `d[m]` [d_in] its decoder vector in model `m`, `s` the model in which it is
-//! longest, and `y[b]` [d_in] a target for model `m`:
+//! activation of latent `j` on row `b`, `d[m]` \[d_in\] its decoder vector in model `m`, `s` the model in which it is
+//! longest, and `y[b]` \[d_in\] a target for model `m`:
 //!
 //! ```text
 //! reconstruction   y[b] = rec[b,m]
@@ -39,7 +39,7 @@
 //! beta_error[m]          = (X[m] - R[m] + F · ⟨d[s], d[m]⟩) / (‖d[s]‖² · F)
 //! ```
 //!
-//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` [d_in], multiplied with `d[s]` once per batch. For two models, `o` being
+//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` \[d_in\], multiplied with `d[s]` once per batch. For two models, `o` being
 //! the one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error`
 //! likewise: about 0 if the other model lacks the latent, about 1 if it has as much of it. A large `nu_error` of an
 //! exclusive latent tells of shrinkage, a large `nu_reconstruction` of a split.

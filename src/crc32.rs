@@ -1,5 +1,16 @@
 //! The CRC-32 of zip, computed while bytes pass: sixteen bytes a step by table.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 /// `TABLES[0]` is the classic table of the reflected polynomial 0xedb88320; `TABLES[k][b]` is the remainder of byte `b`
 /// followed by `k` zero bytes, so that sixteen look-ups that do not wait for one another replace sixteen that do.
 static TABLES: [[u32; 256]; 16] = tables();
@@ -102,7 +113,7 @@ mod tests {
     fn known_values_and_any_split() {
         assert_eq!(crc32(b""), 0);
         assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
-        let bytes: Vec<u8> = (0..1000u32).map(|i| (i * i >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..1000u32).map(|i| ((i * i) >> 3) as u8).collect();
         let mut bitwise = !0u32;
         for &b in &bytes {
             bitwise ^= u32::from(b);

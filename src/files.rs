@@ -3,6 +3,17 @@
 //! A file is recognised by its content; one whose name ends in `.pt`, `.pth`, `.safetensors` or `.npy` must also be that. Opening reads headers alone; tensors are then read whole, or in rows
 //! of their first dimension, so that activations larger than memory can be gone through.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic::{self, Kind};

@@ -1,5 +1,16 @@
 //! `crosscoder info`: what is in a file, with a checksum for each tensor.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::error::Result;
 use crate::files::TensorFile;
 use crate::pt::{BigInt, PathPart, Value, dotted};

@@ -4,6 +4,17 @@
 //! ml_dtypes saves it (`<V2`). Arrays in Fortran order are read without a copy, with the strides that say so. The header is
 //! taken by its grammar, never evaluated; object arrays (pickles) and structured types are refused.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic;

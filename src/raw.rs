@@ -1,5 +1,16 @@
 //! Bytes in files and in memory: a cursor that cannot leave them, and blocks moved by way of one small buffer.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::crc32::Crc32;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};

@@ -4,6 +4,17 @@
 //! twice. Names are unique, ranges cover the data without holes or overlaps to the last byte, and each is as long as its
 //! shape needs.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic;
@@ -131,7 +142,10 @@ impl<R: Read + Seek> SafetensorsFile<R> {
     }
 }
 
-fn parse_header(text: &str, data_at: u64, length: u64) -> Result<(Vec<SafetensorsEntry>, Vec<(String, String)>)> {
+/// The tensors and the metadata.
+type Header = (Vec<SafetensorsEntry>, Vec<(String, String)>);
+
+fn parse_header(text: &str, data_at: u64, length: u64) -> Result<Header> {
     let data_bytes = length.saturating_sub(data_at);
     let mut json = Json { text: text.as_bytes(), at: 0 };
     let (mut tensors, mut metadata) = (Vec::new(), Vec::new());

@@ -171,6 +171,20 @@ fn nested_values_are_torch_saves_byte_for_byte() {
     assert!(value.get("absent").is_none());
 }
 
+#[test]
+fn batches_are_torch_saves_byte_for_byte() {
+    let entries = |n: i64| (0..n).map(|i| (PathPart::Index(i), Save::None)).collect::<Vec<_>>();
+    let root = Save::List(vec![
+        Save::Dict(entries(1000)),
+        Save::Dict(entries(1001)),
+        Save::List(vec![Save::None; 1000]),
+        Save::List(vec![Save::None; 1001]),
+        Save::OrderedDict(entries(1000)),
+        Save::OrderedDict(entries(1001)),
+    ]);
+    same_bytes("batches.pt", &Writer::new(Vec::new(), "batches").unwrap().save(&root).unwrap());
+}
+
 /// A tensor of this type in which no two bytes in a row repeat, as far as the type allows.
 fn patterned(dtype: Dtype, shape: &[usize]) -> Tensor {
     let bytes: Vec<u8> =

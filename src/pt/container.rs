@@ -21,6 +21,9 @@ const BOMB_RATIO: u64 = 200;
 /// A directory larger than this is refused: it is held in memory, and 1,000,000 records fit.
 const DIRECTORY_BYTES: u64 = 128 << 20;
 
+/// Headers are read by so many bytes at a time.
+const WINDOW_BYTES: usize = 4 << 10;
+
 const LOCAL_BYTES: u64 = 30;
 const END_BYTES: usize = 22;
 const LOCATOR_BYTES: u64 = 20;
@@ -161,6 +164,7 @@ impl<R: Read + Seek> Container<R> {
             return Ok(None);
         }
         if let Some(record) = self.records.get_mut(index) {
+            // 0 here and (they agree) everywhere else: no checksum was written.
             if record.crc != 0 && record.crc != crc {
                 let needed = record.crc;
                 return Err(
@@ -273,7 +277,7 @@ struct End {
 impl End {
     fn find<R: Read + Seek>(reader: &mut R, length: u64) -> Result<Self> {
         // 22 bytes and a comment of at most 65,535, which ends the file.
-        let tail_bytes = length.min(END_BYTES as u64 + u64::from(u16::MAX));
+        let tail_bytes = length.min(u64::from(u16::MAX).saturating_add(END_BYTES as u64));
         let tail_at = length.saturating_sub(tail_bytes);
         let tail = read_at(reader, tail_at, usize::try_from(tail_bytes).unwrap_or(usize::MAX))?;
         let found = (0..=tail.len().saturating_sub(END_BYTES)).rev().find_map(|i| {
@@ -474,6 +478,7 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
     let mut order: Vec<usize> = (0..records.len()).collect();
     order.sort_by_key(|&i| records.get(i).map(|r| r.header));
     let mut free_from = 0;
+    let mut window = Window { reader, at: 0, bytes: Vec::new() };
     for i in order {
         let Some(record) = records.get_mut(i) else { continue };
         let outside =
@@ -486,8 +491,8 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
             return Err(Error::format(what).at(&record.name));
         }
         let room = directory_at.saturating_sub(record.header);
-        let local = read_at(reader, record.header, usize::try_from(room.min(LOCAL_BYTES)).unwrap_or_default())?;
-        let Some(local) = Local::parse(&local) else {
+        let local = window.get(record.header, usize::try_from(room.min(LOCAL_BYTES)).unwrap_or_default())?;
+        let Some(local) = Local::parse(local) else {
             if room < LOCAL_BYTES {
                 return Err(outside().at(&record.name));
             }
@@ -505,15 +510,15 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
         let data = name_at.saturating_add(variable as u64);
         let end =
             data.checked_add(record.packed).filter(|&n| n <= directory_at).ok_or_else(|| outside().at(&record.name))?;
-        let variable = read_at(reader, name_at, variable)?;
+        let variable = window.get(name_at, variable)?;
         let (name, extra) = variable.split_at_checked(local.name_bytes.into()).unwrap_or_default();
 
         let mut fault = local.contradicts(record, name, extra);
         free_from = end;
         if record.flags & DESCRIPTOR != 0 {
             let room = directory_at.saturating_sub(end).min(24);
-            let after = read_at(reader, end, usize::try_from(room).unwrap_or_default())?;
-            match descriptor_bytes(record, &after) {
+            let after = window.get(end, usize::try_from(room).unwrap_or_default())?;
+            match descriptor_bytes(record, after) {
                 Some(n) => free_from = end.saturating_add(n),
                 None => {
                     fault = fault
@@ -522,9 +527,35 @@ fn check_places<R: Read + Seek>(reader: &mut R, records: &mut [Record], director
             }
         }
         record.data = fault.map_or(Ok(data), Err);
-        // A checksum of 0 in the directory and (they agree) everywhere else: none was written.
     }
     Ok(())
+}
+
+/// A few KiB of the file: the headers of small records lie close together.
+struct Window<'a, R> {
+    reader: &'a mut R,
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl<R: Read + Seek> Window<'_, R> {
+    /// `n` bytes from `at`, fewer at the end of the file.
+    fn get(&mut self, at: u64, n: usize) -> Result<&[u8]> {
+        let inside = |window: &Self| {
+            let skip = usize::try_from(at.checked_sub(window.at)?).ok()?;
+            let range = skip..skip.checked_add(n)?;
+            window.bytes.get(range.clone()).map(|_| range)
+        };
+        let range = match inside(self) {
+            Some(range) => range,
+            None => {
+                self.bytes = read_at(self.reader, at, n.max(WINDOW_BYTES))?;
+                self.at = at;
+                0..n.min(self.bytes.len())
+            }
+        };
+        Ok(self.bytes.get(range).unwrap_or_default())
+    }
 }
 
 /// The fixed part of a local header.

@@ -8,6 +8,17 @@
 //! Left out: what `torch.save` wrote before release 1.6, TorchScript, sparse and quantized tensors, complex numbers. Nothing
 //! in a file is ever called: see [`pickle`](self) for what is understood.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 mod container;
 mod pickle;
 mod value;

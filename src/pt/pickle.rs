@@ -355,7 +355,7 @@ impl<'a> Machine<'a> {
             }
             b')' => self.stack.push(Nodes::EMPTY_TUPLE),
             0x85..=0x87 => {
-                let mut items = vec![Nodes::NONE; usize::from(opcode - 0x84)];
+                let mut items = vec![Nodes::NONE; usize::from(opcode.saturating_sub(0x84))];
                 for item in items.iter_mut().rev() {
                     *item = self.pop()?;
                 }
@@ -919,7 +919,7 @@ impl<'a> Machine<'a> {
         let refuse =
             |what: String| Error::format(format!("size {shape:?}, strides {strides:?}, offset {offset}: {what}"));
         let elements = element_count(&shape).ok_or_else(|| refuse("the number of elements overflows".into()))?;
-        let there = storage.bytes / dtype.size_bytes() as u64;
+        let there = storage.bytes.checked_div(dtype.size_bytes() as u64).unwrap_or(0);
         if elements > 0 {
             let last = shape.iter().zip(&strides).try_fold(offset, |last, (&size, &stride)| {
                 last.checked_add(size.saturating_sub(1).checked_mul(stride)?)

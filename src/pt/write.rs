@@ -219,17 +219,15 @@ impl<W: Write> Writer<W> {
         let header_at = self.at;
         let full_name = format!("{}/{name}", self.folder);
         // A record that is long or lies far out has a zip64 block; for alignment, PyTorch counts the offset in it too.
-        let mut wide = Vec::new();
-        if size >= WIDE || header_at >= WIDE {
-            let mut numbers = Vec::new();
-            if size >= WIDE {
-                numbers.extend([size, size]);
-            }
-            if header_at >= WIDE {
-                numbers.push(header_at);
-            }
-            wide = zip64_block(&numbers);
+        // (The size packed stays 0, as all that the descriptor repeats.)
+        let mut numbers = Vec::new();
+        if size >= WIDE {
+            numbers.extend([size, 0]);
         }
+        if header_at >= WIDE {
+            numbers.push(header_at);
+        }
+        let wide = if numbers.is_empty() { Vec::new() } else { zip64_block(&numbers) };
         let fixed = 34u64.saturating_add(full_name.len() as u64).saturating_add(wide.len() as u64);
         let start = header_at.saturating_add(fixed);
         let padding = start.next_multiple_of(ALIGNMENT).saturating_sub(start);
@@ -468,18 +466,15 @@ impl<'a> Pickler<'a> {
             Save::List(items) => {
                 self.out.push(b']');
                 self.remember();
+                if let [item] = items.as_slice() {
+                    self.value(item, depth)?;
+                    self.out.push(b'a');
+                    return Ok(());
+                }
                 for batch in items.chunks(BATCH) {
-                    match batch {
-                        [item] => {
-                            self.value(item, depth)?;
-                            self.out.push(b'a');
-                        }
-                        batch => {
-                            self.out.push(b'(');
-                            batch.iter().try_for_each(|item| self.value(item, depth))?;
-                            self.out.push(b'e');
-                        }
-                    }
+                    self.out.push(b'(');
+                    batch.iter().try_for_each(|item| self.value(item, depth))?;
+                    self.out.push(b'e');
                 }
             }
             Save::Tuple(items) => match items.len() {
@@ -505,15 +500,15 @@ impl<'a> Pickler<'a> {
             Save::Dict(entries) => {
                 self.out.push(b'}');
                 self.remember();
-                self.entries(entries, depth)?;
+                self.entries(entries, depth, true)?;
             }
             Save::OrderedDict(entries) => {
                 self.ordered_dict();
-                self.entries(entries, depth)?;
+                self.entries(entries, depth, false)?;
             }
             Save::StateDict(entries) => {
                 self.ordered_dict();
-                self.entries(entries, depth)?;
+                self.entries(entries, depth, false)?;
                 // {'_metadata': OrderedDict({'': {'version': 1}})}
                 self.out.push(b'}');
                 self.remember();
@@ -530,9 +525,12 @@ impl<'a> Pickler<'a> {
         Ok(())
     }
 
-    fn entries(&mut self, entries: &[(PathPart, Save<'a>)], depth: usize) -> Result<()> {
+    /// The items of a dict. CPython has one way for plain dicts and one for everything else: they differ where one item is
+    /// left for the last batch, and where none is.
+    fn entries(&mut self, entries: &[(PathPart, Save<'a>)], depth: usize, plain: bool) -> Result<()> {
         for batch in entries.chunks(BATCH) {
-            if batch.len() > 1 {
+            let single = batch.len() == 1 && (!plain || entries.len() == 1);
+            if !single {
                 self.out.push(b'(');
             }
             for (key, value) in batch {
@@ -542,14 +540,17 @@ impl<'a> Pickler<'a> {
                 }
                 self.value(value, depth)?;
             }
-            self.out.push(if batch.len() > 1 { b'u' } else { b's' });
+            self.out.push(if single { b's' } else { b'u' });
+        }
+        if plain && !entries.is_empty() && entries.len().is_multiple_of(BATCH) {
+            self.out.extend(b"(u");
         }
         Ok(())
     }
 
     fn tensor(&mut self, tensor: &'a dyn TensorSource) -> Result<()> {
         let bytes = tensor_bytes(tensor)?;
-        let elements = bytes / tensor.dtype().size_bytes() as u64;
+        let elements = bytes.checked_div(tensor.dtype().size_bytes() as u64).unwrap_or(0);
         let storage = match tensor.dtype() {
             Dtype::F64 => "DoubleStorage",
             Dtype::F32 => "FloatStorage",
@@ -625,7 +626,7 @@ fn hash_set_order(hashes: &[u64]) -> Vec<u64> {
     }
     impl List {
         fn put(&mut self, i: usize, hashes: &[u64], buckets: u64) {
-            let bucket = |i: usize| hashes.get(i).map_or(0, |h| h % buckets);
+            let bucket = |i: usize| hashes.get(i).map_or(0, |h| h.checked_rem(buckets).unwrap_or(0));
             let before = self.before.get(&bucket(i)).copied();
             let after = match before {
                 Some(Some(before)) => self.next.get_mut(before).and_then(|next| next.replace(i)),
