@@ -338,7 +338,7 @@ impl Run {
 /// | `lr` | 5e-5 for the original's 97,656 steps; times 97,656 / steps for fewer, at most 1e-3 |
 /// | `buffer_mult` | 128, at most what makes a buffer of 256 MiB, at least 2 |
 /// | `log_every` | 100, at most a hundredth of the steps |
-/// | `save_every` | 30,000, at most a tenth of the steps |
+/// | `save_every` | 30,000, at most a tenth of the steps, rounded up |
 /// | `d_in` | that of the activations |
 /// | `val_fraction` | 0.05 |
 ///
@@ -377,7 +377,7 @@ pub fn default_cfg(acts: &Activations, given: &Config) -> Result<Config> {
     at_most("buffer_mult", (BUFFER_BYTES / batch_size.saturating_mul(acts.row_bytes()).max(1)).max(2))?;
     let steps = (num_tokens / batch_size).max(1);
     at_most("log_every", (steps / 100).max(1))?;
-    at_most("save_every", (steps / 10).max(1))?;
+    at_most("save_every", steps.div_ceil(10))?;
     if given.get("lr").is_none() {
         let lr = cfg.number("lr")?;
         let original_steps = 400_000_000.0 / 4096.0;
