@@ -39,8 +39,8 @@
 //! beta_error[m]          = (X[m] - R[m] + F · ⟨d[s], d[m]⟩) / (‖d[s]‖² · F)
 //! ```
 //!
-//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` `[d_in]`, multiplied with `d[s]` once per batch. For two models, `o` being
-//! the one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error`
+//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` `[d_in]`, multiplied with `d[s]` once per batch. For two models, `o`
+//! being the one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error`
 //! likewise: about 0 if the other model lacks the latent, about 1 if it has as much of it. A large `nu_error` of an
 //! exclusive latent tells of shrinkage, a large `nu_reconstruction` of a split.
 

@@ -23,8 +23,8 @@ rows on which each latent is strongest, and Latent Scaling (Minder et al. 2025),
 artifacts of the l1 penalty.
 
 CHECKPOINT: a version directory (its newest checkpoint), or a weights file with its cfg beside it.
-ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory of
-them.
+ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory
+of them.
 
 Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
 
@@ -38,8 +38,8 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
                   A only is a relative decoder norm of at most [0.3], B only of at least [0.7]
   --top-rows K    how many rows are kept for each latent [5]
   --rows N        only the first N rows
-  --batch-size N  rows at a time, at most [the cfg's batch_size, at most 4096]. Explained variances compare rows with the
-                  mean of their batch, and so depend on it
+  --batch-size N  rows at a time, at most [the cfg's batch_size, at most 4096]. Explained variances compare rows with
+                  the mean of their batch, and so depend on it
   --raw           takes the rows as they are
   --metrics F     the training log [metrics.jsonl beside the weights, if it is there]
 ";
