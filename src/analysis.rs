@@ -16,8 +16,8 @@
 //! An l1 penalty can make a latent look exclusive to one model that is not: the weaker decoder vector shrinks to zero
 //! though the other model has the concept too, or the concept is split between two latents. Latent Scaling (Minder et
 //! al. 2025, arXiv 2504.02922) asks how much of a latent there is in what each model computes. Let `f[b]` be the
-//! activation of latent `j` on row `b`, `d[m]` \[d_in\] its decoder vector in model `m`, `s` the model in which it is
-//! longest, and `y[b]` \[d_in\] a target for model `m`:
+//! activation of latent `j` on row `b`, `d[m]` `[d_in]` its decoder vector in model `m`, `s` the model in which it is
+//! longest, and `y[b]` `[d_in]` a target for model `m`:
 //!
 //! ```text
 //! reconstruction   y[b] = rec[b,m]
@@ -39,8 +39,8 @@
 //! beta_error[m]          = (X[m] - R[m] + F · ⟨d[s], d[m]⟩) / (‖d[s]‖² · F)
 //! ```
 //!
-//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` \[d_in\], multiplied with `d[s]` once per batch. For two models, `o` being
-//! the one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error`
+//! `R` and `X` come from `Σ_b f[b] · rec[b,m]` `[d_in]`, multiplied with `d[s]` once per batch. For two models, `o`
+//! being the one that is not `s`, `nu_reconstruction = beta_reconstruction[o] / beta_reconstruction[s]`, and `nu_error`
 //! likewise: about 0 if the other model lacks the latent, about 1 if it has as much of it. A large `nu_error` of an
 //! exclusive latent tells of shrinkage, a large `nu_reconstruction` of a split.
 
@@ -48,6 +48,7 @@ use crate::autodiff::Tape;
 use crate::backend::{Backend, Scalar, Support};
 use crate::crosscoder::CrossCoder;
 use crate::error::{Error, Result};
+use crate::evaluation::{Batches, check};
 use std::ops::Range;
 
 /// Rows of `W_dec` that are read at a time.
@@ -309,12 +310,38 @@ impl ActivationStats {
     }
 }
 
+/// [`ActivationPass`] over rows of a set: what the report shows. [`TopRow::row`] is the row's number in the set.
+///
+/// `progress` is told after each batch how many rows are done.
+///
+/// # Errors
+/// No rows, rows of another shape than the crosscoder's, those of reading.
+pub fn activation_stats<B: Backend>(
+    crosscoder: &CrossCoder<B>,
+    norms: &DecoderNorms,
+    batches: &Batches<'_>,
+    top_rows: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<ActivationStats> {
+    check(crosscoder, batches)?;
+    let width = crosscoder.n_models() * crosscoder.d_in();
+    let mut pass = ActivationPass::new(crosscoder, norms, top_rows);
+    let mut done = 0;
+    batches.for_each::<B::Scalar>(|x| {
+        let rows = &batches.rows[done..done + x.len() / width];
+        pass.add_numbered(x, &rows.iter().map(|&row| row as u64).collect::<Vec<_>>())?;
+        done += rows.len();
+        progress(done);
+        Ok(())
+    })?;
+    pass.finish()
+}
+
 /// One pass over batches of activations.
 pub struct ActivationPass<'a, B: Backend> {
     crosscoder: &'a CrossCoder<B>,
     norms: &'a DecoderNorms,
     top_rows: usize,
-    threads: usize,
     tape: Tape<B>,
     stats: ActivationStats,
     /// `Σ_b ‖rec[b,m] - x[b,m]‖²` for each model.
@@ -348,7 +375,6 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             crosscoder,
             norms,
             top_rows,
-            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
             tape: Tape::new(crosscoder.backend().clone()),
             stats,
             squared_errors: vec![0.0; n_models],
@@ -356,11 +382,6 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             sums: vec![0.0; width],
             squares: vec![0.0; width],
         }
-    }
-
-    /// The same pass on this many threads. Results do not depend on it.
-    pub fn with_threads(self, threads: usize) -> Self {
-        ActivationPass { threads: threads.max(1), ..self }
     }
 
     /// Takes in a batch `x`, row-major [batch, n_models, d_in]. An empty one changes nothing.
@@ -481,7 +502,8 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             })
         };
         // Each latent belongs to one thread: results do not depend on how many there are.
-        let per_thread = crosscoder.d_hidden().div_ceil(self.threads).max(1);
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let per_thread = crosscoder.d_hidden().div_ceil(threads).max(1);
         let products = self.stats.products.chunks_mut(per_thread * 2 * n).enumerate();
         std::thread::scope(|scope| {
             let threads: Vec<_> = products

@@ -49,7 +49,7 @@ pub struct Latents {
 /// Explained variances compare a row with the mean of its batch, so a batch of one leftover row would make them -inf.
 pub struct Batches<'a> {
     acts: &'a Activations,
-    rows: Vec<usize>,
+    pub(crate) rows: Vec<usize>,
     batch_size: usize,
     factors: Vec<f32>,
 }
@@ -148,7 +148,7 @@ pub fn latents<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) ->
     Ok(found)
 }
 
-fn check<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Result<()> {
+pub(crate) fn check<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Result<()> {
     let acts = batches.acts;
     let (n_models, d_in) = (crosscoder.n_models(), crosscoder.d_in());
     if (acts.n_models(), acts.d_in()) != (n_models, d_in) {

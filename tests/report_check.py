@@ -315,7 +315,7 @@ def activation_numbers(report, cfg, p, dtype, paths, norms, w_dec, letters):
                 nu = pick(a, b, 1) / pick(b, a, 1)
                 close(f"nu_{name}", latents[f"nu_{name}"], nu, 1e-12 * np.maximum(1, np.nan_to_num(np.abs(nu), posinf=0)))
                 groups, nu = np.array(latents["group"]), of(f"nu_{name}")
-                for group in ["A only", "B only"]:
+                for group in ["A only", "shared", "B only"]:
                     values = nu[(groups == group) & ~np.isnan(nu)]
                     histogram(f"histogram nu_{name}_of_{group}", histograms[f"nu_{name}_of_{group.replace(' ', '_')}"], values, -0.5, 1.5)
     decades = max(1, math.ceil(math.log10(rows)))

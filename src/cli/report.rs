@@ -1,15 +1,14 @@
 //! `crosscoder report`: the model diff as one HTML page.
 
-use super::args;
 use super::progress::{Progress, Unit};
+use super::{args, eval};
 use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
-use crosscoder::analysis::{ActivationPass, ActivationStats, DecoderNorms, Thresholds};
+use crosscoder::analysis::{ActivationStats, DecoderNorms, Thresholds, activation_stats};
 use crosscoder::atomic;
-use crosscoder::backend::{Backend, Cpu};
 use crosscoder::checkpoint::{self, Files};
 use crosscoder::error::{Error, Result};
-use crosscoder::normalisation::{factors, scale_rows};
+use crosscoder::evaluation::Batches;
 use crosscoder::report::{Report, TrainingLog};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,27 +17,31 @@ use std::process::ExitCode;
 const HELP: &str = "\
 crosscoder report CHECKPOINT [ACTS…] [--out F] [--csv F] [--json F] [--svg DIR] [--force] …
 
-Writes what a crosscoder says about the difference of its models: decoder norms, relative decoder norms, the groups A only,
-shared and B only, cosines of shared latents. From activations also losses, explained variance, L0, densities, the rows on
-which each latent is strongest, and Latent Scaling (Minder et al. 2025), which tells exclusive latents from artifacts.
+Writes what a crosscoder says about the difference of its models: decoder norms, relative decoder norms, the groups A
+only, shared and B only, cosines of shared latents. From activations also losses, explained variance, L0, densities, the
+rows on which each latent is strongest, and Latent Scaling (Minder et al. 2025), which tells exclusive latents from
+artifacts of the l1 penalty.
 
-CHECKPOINT: a version directory, or a weights file with its cfg beside it. ACTS: files (.pt, .npy, .safetensors) of shape
-[n, 2, d_in], or two files [n, d_in], model A's and model B's, or a directory of such files. Factors of normalisation in
-the cfg are applied.
+CHECKPOINT: a version directory (its newest checkpoint), or a weights file with its cfg beside it.
+ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory
+of them.
 
-  --out F          the HTML page, one file [report.html, if nothing else is asked for]
-  --json F         all numbers as one JSON object; - is stdout
-  --csv F          the numbers of each latent, a line each; - is stdout
-  --svg DIR        each chart as an SVG file
-  --force          replaces files that are there
-  --name NAME      the name of a model; once for each, A first [cfg model_names]
+Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
+
+  --out F         the HTML page, one file [report.html, if nothing else is asked for]
+  --json F        all numbers as one JSON object; - is stdout
+  --csv F         the numbers of each latent, a line each; - is stdout
+  --svg DIR       each chart as an SVG file
+  --force         replaces files that are there
+  --name NAME     the name of a model; once for each, A first [the cfg's model_names]
   --low R, --high R
-                   A only is a relative decoder norm of at most [0.3], B only of at least [0.7]
-  --top-rows K     how many rows are kept for each latent [5]
-  --rows N         only the first N rows of the activations
-  --batch N        rows at a time; explained variances refer to a batch's mean [cfg batch_size]
-  --metrics F      the training log [metrics.jsonl beside the weights, if it is there]
-  --threads N      threads [all cores]; the result does not depend on it
+                  A only is a relative decoder norm of at most [0.3], B only of at least [0.7]
+  --top-rows K    how many rows are kept for each latent [5]
+  --rows N        only the first N rows
+  --batch-size N  rows at a time, at most [the cfg's batch_size, at most 4096]. Explained variances compare rows with
+                  the mean of their batch, and so depend on it
+  --raw           takes the rows as they are
+  --metrics F     the training log [metrics.jsonl beside the weights, if it is there]
 ";
 
 /// What is asked for, as it stands on the command line.
@@ -55,9 +58,9 @@ struct Asked {
     high: Option<f64>,
     top_rows: Option<usize>,
     rows: Option<usize>,
-    batch: Option<usize>,
+    batch_size: Option<usize>,
+    raw: bool,
     metrics: Option<PathBuf>,
-    threads: Option<usize>,
 }
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -71,13 +74,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("svg") => asked.svg = Some(args::file(parser)?),
             Long("metrics") => asked.metrics = Some(args::file(parser)?),
             Long("force") => asked.force = true,
+            Long("raw") => asked.raw = true,
             Long("name") => asked.names.push(args::text(parser)?),
             Long("low") => asked.low = Some(args::number(parser, "low")?),
             Long("high") => asked.high = Some(args::number(parser, "high")?),
             Long("top-rows") => asked.top_rows = Some(args::number(parser, "top-rows")?),
             Long("rows") => asked.rows = Some(args::number(parser, "rows")?),
-            Long("batch") => asked.batch = Some(args::number(parser, "batch")?),
-            Long("threads") => asked.threads = Some(args::number(parser, "threads")?),
+            Long("batch-size") => asked.batch_size = Some(args::number(parser, "batch-size")?),
             Long("help") | Short('h') => return args::help(HELP),
             Value(path) => asked.paths.push(path.into()),
             other => return Err(args::usage(other.unexpected())),
@@ -93,16 +96,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         args::may_write(path, asked.force || is_stdout(path))?;
     }
     let files = checkpoint::find(&asked.paths[0])?;
-    let dtype = checkpoint::read_cfg(&files.cfg)?.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
-    let backend = Cpu::<f32>::new(dtype);
-    let backend = asked.threads.map_or(backend.clone(), |n| backend.with_threads(n));
-    let crosscoder = CrossCoder::load_files(backend, &files)?;
+    let crosscoder = CrossCoder::load(&files.weights)?;
     let report = report(&crosscoder, &files, &asked)?;
     write(&report, &asked)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn report<B: Backend<Scalar = f32>>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) -> Result<Report> {
+fn report(crosscoder: &CrossCoder, files: &Files, asked: &Asked) -> Result<Report> {
     let thresholds = Thresholds::default();
     let thresholds = Thresholds::new(asked.low.unwrap_or(thresholds.low()), asked.high.unwrap_or(thresholds.high()))?;
     let norms = DecoderNorms::of(crosscoder)?;
@@ -136,46 +136,20 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
     TrainingLog::from_jsonl(&text).map(Some).map_err(|e| e.in_file(path))
 }
 
-fn stats<B: Backend<Scalar = f32>>(
-    crosscoder: &CrossCoder<B>,
-    norms: &DecoderNorms,
-    acts: &Activations,
-    asked: &Asked,
-) -> Result<ActivationStats> {
-    let (n_models, d_in) = (crosscoder.n_models(), crosscoder.d_in());
-    if (acts.n_models(), acts.d_in()) != (n_models, d_in) {
-        let found = format!("[n, {}, {}]", acts.n_models(), acts.d_in());
-        return Err(Error::shape(format!("the activations are {found}; the crosscoder needs [n, {n_models}, {d_in}]")));
-    }
-    let factors: Option<Vec<f32>> = factors(crosscoder.cfg())?.map(|f| f.iter().map(|&f| f as f32).collect());
-    if let Some(found) = factors.as_ref().map(Vec::len).filter(|&n| n != n_models) {
-        return Err(Error::shape(format!("{found} normalisation factors in the cfg; there are {n_models} models")));
+fn stats(crosscoder: &CrossCoder, norms: &DecoderNorms, acts: &Activations, asked: &Asked) -> Result<ActivationStats> {
+    let factors = eval::factors(crosscoder, asked.raw)?;
+    let in_cfg = || crosscoder.cfg().size("batch_size").ok();
+    let batch_size = asked.batch_size.or_else(in_cfg).unwrap_or(4096).min(4096);
+    if batch_size == 0 {
+        return Err(Error::usage("--batch-size needs 1 or more"));
     }
     let rows = asked.rows.unwrap_or(usize::MAX).min(acts.rows());
-    let batch = asked.batch.or_else(|| crosscoder.cfg().size("batch_size").ok()).unwrap_or(4096).max(1);
-    let mut pass = ActivationPass::new(crosscoder, norms, asked.top_rows.unwrap_or(5));
-    if let Some(threads) = asked.threads {
-        pass = pass.with_threads(threads);
-    }
+    let batches = Batches::new(acts, (0..rows).collect(), batch_size, &factors);
     let mut progress = Progress::new("activations", Unit::Bytes);
-    let (mut piece, mut x) = (Vec::new(), Vec::new());
-    let mut at = 0;
-    while at < rows {
-        let end = batch.min(rows - at) + at;
-        x.clear();
-        while at < end {
-            let count = acts.rows_per_piece().min(end - at);
-            acts.read_f32(at, count, &mut piece)?;
-            x.extend_from_slice(&piece);
-            at += count;
-        }
-        if let Some(factors) = &factors {
-            scale_rows(factors, d_in, &mut x);
-        }
-        pass.add(&x)?;
-        progress.set((at * acts.row_bytes()) as u64, (rows * acts.row_bytes()) as u64);
-    }
-    pass.finish()
+    let bytes = |rows: usize| (rows * acts.row_bytes()) as u64;
+    activation_stats(crosscoder, norms, &batches, asked.top_rows.unwrap_or(5), |done| {
+        progress.set(bytes(done), bytes(rows));
+    })
 }
 
 fn write(report: &Report, asked: &Asked) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The charts of a report: what each shows and how it was computed.
 
 use super::svg::{Axis, Bar, Chart, Marks, SERIES, STYLE, count, nice_ceil, short};
-use super::{Report, group_index};
+use super::{Report, group_index, group_name};
 use crate::analysis::{ActivationStats, COSINE_BINS, Group, Histogram, LatentScaling, RELATIVE_NORM_BINS, finite};
 
 /// Points of a curve beyond which it is thinned: each of half as many stretches keeps its lowest and highest point.
@@ -133,9 +133,8 @@ fn relative_norms(report: &Report) -> Figure {
         title: "Relative decoder norm".into(),
         caption: format!(
             "‖W_dec[h,B]‖ / (‖W_dec[h,A]‖ + ‖W_dec[h,B]‖) of each latent h, A being {a}, B {b}: 0 where only A has the \
-             latent, 1 \
-             where only B has it. {RELATIVE_NORM_BINS} bins over [0, 1]. Dashed: the thresholds {low} and {high}. A \
-             only {}, \
+             latent, 1 where only B has it. {RELATIVE_NORM_BINS} bins over [0, 1]. Dashed: the thresholds {low} and \
+             {high}. A only {}, \
              shared {}, B only {}; {} without a direction (both decoder vectors zero) are not drawn.",
             count(sizes[0]),
             count(sizes[1]),
@@ -173,8 +172,7 @@ fn decoder_norms(report: &Report) -> Figure {
         title: "Decoder norms".into(),
         caption: format!(
             "‖W_dec[h,m]‖ of each latent h in each model m ({}), the Euclidean norm, computed in float64 from the \
-             stored weights. \
-             100 bins from 0.",
+             stored weights. 100 bins from 0.",
             (0..report.names.len())
                 .map(|m| format!("{}: {}", report.letter(m), report.names[m]))
                 .collect::<Vec<_>>()
@@ -219,8 +217,8 @@ fn cosines(report: &Report) -> Figure {
         title: "Cosine similarity of shared latents' decoder vectors".into(),
         caption: format!(
             "⟨W_dec[h,A], W_dec[h,B]⟩ / (‖W_dec[h,A]‖ · ‖W_dec[h,B]‖) of the {} shared latents (relative decoder norm \
-             between {} \
-             and {}): 1 where both models have the same direction. {COSINE_BINS} bins over [-1, 1], counts on a log scale.",
+             between {} and {}): 1 where both models have the same direction. {COSINE_BINS} bins over [-1, 1], counts \
+             on a log scale.",
             count(histogram.total()),
             report.thresholds.low(),
             report.thresholds.high()
@@ -253,8 +251,7 @@ fn density(report: &Report, stats: &ActivationStats) -> Figure {
         title: "Firing density".into(),
         caption: format!(
             "The share of the {} rows on which each latent is above zero. Ten bins a decade. {} dead latents, which \
-             fire on no \
-             row, are not drawn.",
+             fire on no row, are not drawn.",
             count(stats.rows),
             count(stats.dead())
         ),
@@ -305,14 +302,20 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
         let values = members.filter_map(|h| stats.scaling(&report.norms, h).as_ref().and_then(of));
         Histogram::new(-0.5, 1.5, 80, values)
     };
-    let histograms = [histogram(Group::AOnly), histogram(Group::BOnly)];
+    let groups = [Group::AOnly, Group::Shared, Group::BOnly];
+    let histograms = groups.map(histogram);
     let outside: u64 = histograms.iter().map(|h| h.outside).sum();
     let total: u64 = histograms.iter().map(|h| h.total() + h.outside).sum();
     let chart = Chart {
         x: Axis::linear(&name.replace('_', " ").replace("nu", "ν"), -0.5, 1.5, 4),
-        y: Axis::counts("latents", highest(&histograms), false),
-        series: vec![("c0", Marks::Steps(histograms[0].clone())), ("c1", Marks::Steps(histograms[1].clone()))],
-        legend: vec![("A only".into(), "c0"), ("B only".into(), "c1")],
+        y: Axis::counts("latents", highest(&histograms), true),
+        // The exclusive ones over the shared ones.
+        series: [1, 0, 2]
+            .into_iter()
+            .filter(|&g| histograms[g].total() > 0)
+            .map(|g| (GROUP_CLASSES[g], Marks::Steps(histograms[g].clone())))
+            .collect(),
+        legend: groups.iter().zip(GROUP_CLASSES).map(|(g, class)| (group_name(Some(*g)).to_owned(), class)).collect(),
         rules: vec![0.0, 1.0],
     };
     let (title, target, meaning) = if name == "nu_error" {
@@ -328,21 +331,22 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
             "the other model has the concept in other latents",
         )
     };
-    let [a, b] = histograms;
     Figure {
         name: name.into(),
         title: title.into(),
         caption: format!(
-            "For each of the {} exclusive latents that fire: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's \
-             activation, \
+            "For each of the {} latents that fire: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's activation, \
              d its longer decoder vector, y_m {target}. ν = β of the other model / β of the model that has d. About 0: \
-             truly exclusive; about 1: {meaning}. 80 bins over [-0.5, 1.5]; {} latents lie outside. Minder et al. \
-             2025, \
-             arXiv 2504.02922.",
+             the other model lacks it. About 1 in an exclusive latent: an artifact, {meaning}. 80 bins over \
+             [-0.5, 1.5]; {} latents lie outside. Minder et al. 2025, arXiv 2504.02922.",
             count(total),
             count(outside)
         ),
-        histograms: vec![(format!("{name}_of_A_only"), a), (format!("{name}_of_B_only"), b)],
+        histograms: ["A_only", "shared", "B_only"]
+            .map(|group| format!("{name}_of_{group}"))
+            .into_iter()
+            .zip(histograms)
+            .collect(),
         section: Section::Activations,
         chart,
     }
@@ -426,7 +430,7 @@ fn curve_figure(
         histograms: vec![],
         section: Section::Training,
         chart: Chart {
-            x: Axis::linear("step", *first, *last, 4),
+            x: Axis::linear("step", if *first < 0.05 * last { 0.0 } else { *first }, *last, 4),
             y,
             series: curves.iter().enumerate().map(line).collect(),
             legend: if curves.len() > 1 { legend.collect() } else { vec![] },

@@ -33,7 +33,8 @@ pub(super) fn html(report: &Report) -> String {
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; \
-         script-src 'unsafe-inline'\"><title>{title}</title>\n<style>{STYLE}</style></head><body>\n<header><h1>{title}</h1>\n",
+         script-src 'unsafe-inline'\"><title>{title}</title>\n<style>{STYLE}</style></head><body>\n<header>\
+         <h1>{title}</h1>\n",
     );
     let cfg_text = |key: &str| report.cfg.text(key).ok().map(|v| format!(" · {}", escape(v))).unwrap_or_default();
     put(
@@ -44,7 +45,7 @@ pub(super) fn html(report: &Report) -> String {
             cfg_text("model_name"),
             cfg_text("hook_point"),
             count(report.norms.d_hidden() as u64),
-            if report.is_pair() {
+            if report.is_pair() && report.names[0] != "model A" {
                 format!(" · A is {}, B is {}", escape(&report.names[0]), escape(&report.names[1]))
             } else {
                 String::new()
@@ -181,6 +182,9 @@ fn summary(report: &Report, out: &mut String) {
                 let of_group = report.latents().filter(|&h| report.group(h) == Some(group));
                 of_group.filter_map(|h| stats.scaling(norms, h))
             };
+            if members().next().is_none() {
+                continue;
+            }
             let of = |f: fn(&LatentScaling) -> Option<f64>| short(median(members().filter_map(|s| f(&s)).collect()));
             let numbers = format!("{} / {}", of(LatentScaling::nu_reconstruction), of(LatentScaling::nu_error));
             seen.push(tile(&format!("Median ν of {name}"), numbers, "reconstruction / error"));
@@ -192,8 +196,7 @@ fn summary(report: &Report, out: &mut String) {
         format_args!(
             "<p class=\"soft note\">Explained variance: 1 - Σ ‖rec - x‖² / Σ ‖x - mean‖², over all rows. Losses as \
              <code>get_losses</code> gives them, mean over {} rows in {} batches, explained variances about each \
-             batch's own \
-             mean:</p><div class=\"plain\"><table><tbody>",
+             batch's own mean:</p><div class=\"plain\"><table><tbody>",
             count(stats.rows),
             count(stats.batches)
         ),

@@ -1,4 +1,5 @@
-//! Charts as SVG: bars, steps and lines over two axes. Colours and fonts come from classes, so that a page can restyle them.
+//! Charts as SVG: bars, steps and lines over two axes. Colours and fonts come from classes, so that a page can restyle
+//! them.
 
 use crate::analysis::{Histogram, finite};
 use std::fmt::Write;
@@ -12,11 +13,11 @@ const TOP: f64 = 26.0;
 const BOTTOM: f64 = 196.0;
 
 /// Styles of a chart that stands alone; the page has its own.
-pub(super) const STYLE: &str = "svg{background:#fff}text{font:11px system-ui,sans-serif;fill:#333}.g{stroke:#ddd}.x{stroke:#555}\
-.t{stroke:#555;stroke-dasharray:3 3}path{fill:none}path.s{stroke-width:1.5;stroke-linejoin:round}\
-rect.c0{fill:#1f5fa8}rect.c1{fill:#b4500f}rect.c2{fill:#5b6770}rect.c3{fill:#2e7d4f}rect.c4{fill:#7b4fa3}rect.c5{fill:#a33b56}\
-path.c0{stroke:#1f5fa8}path.c1{stroke:#b4500f}path.c2{stroke:#5b6770}path.c3{stroke:#2e7d4f}path.c4{stroke:#7b4fa3}\
-path.c5{stroke:#a33b56}";
+pub(super) const STYLE: &str = "svg{background:#fff}text{font:11px system-ui,sans-serif;fill:#333}.g{stroke:#ddd}\
+    .x{stroke:#555}.t{stroke:#555;stroke-dasharray:3 3}path{fill:none}path.s{stroke-width:1.5;stroke-linejoin:round}\
+    rect.c0{fill:#1f5fa8}rect.c1{fill:#b4500f}rect.c2{fill:#5b6770}rect.c3{fill:#2e7d4f}rect.c4{fill:#7b4fa3}\
+    rect.c5{fill:#a33b56}path.c0{stroke:#1f5fa8}path.c1{stroke:#b4500f}path.c2{stroke:#5b6770}path.c3{stroke:#2e7d4f}\
+    path.c4{stroke:#7b4fa3}path.c5{stroke:#a33b56}";
 
 /// The classes of series, in order; a seventh looks like the first.
 pub(super) const SERIES: [&str; 6] = ["c0", "c1", "c2", "c3", "c4", "c5"];
@@ -183,7 +184,8 @@ impl Chart {
                     put(
                         out,
                         format_args!(
-                            "<rect class=\"{}\" x=\"{from:.2}\" y=\"{:.1}\" width=\"{width:.2}\" height=\"{height:.1}\">\
+                            "<rect class=\"{}\" x=\"{from:.2}\" y=\"{:.1}\" width=\"{width:.2}\" \
+                             height=\"{height:.1}\">\
                              <title>{}</title></rect>",
                             bar.class,
                             BOTTOM - height,
