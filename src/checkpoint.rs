@@ -182,17 +182,7 @@ impl CrossCoder {
     /// # Errors
     /// Files that are missing, damaged or contradict each other; the message names file, entry, what was needed and found.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        Self::load_found(&find(path.as_ref())?)
-    }
-
-    /// [`CrossCoder::load`] of files that were found already.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn load_found(files: &Files) -> Result<Self> {
-        let (cfg, weights) = read(files)?;
-        let dtype = cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
-        Self::from_tensors(Cpu::new(dtype), cfg, weights).map_err(|e| e.in_file(&files.weights))
+        Self::load_with(&find(path.as_ref())?, Cpu::new)
     }
 }
 
@@ -223,6 +213,16 @@ impl<B: Backend> CrossCoder<B> {
     pub fn load_files(backend: B, files: &Files) -> Result<Self> {
         let (cfg, weights) = read(files)?;
         Self::from_tensors(backend, cfg, weights).map_err(|e| e.in_file(&files.weights))
+    }
+
+    /// Loads the checkpoint that these files are on the backend that `backend` makes for its dtype.
+    ///
+    /// # Errors
+    /// As [`CrossCoder::load`].
+    pub fn load_with(files: &Files, backend: impl FnOnce(Dtype) -> B) -> Result<Self> {
+        let (cfg, weights) = read(files)?;
+        let dtype = cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
+        Self::from_tensors(backend(dtype), cfg, weights).map_err(|e| e.in_file(&files.weights))
     }
 
     /// Saves the checkpoint whole or not at all: the weights as `torch.save(self.state_dict(), …)` writes them, byte for byte,

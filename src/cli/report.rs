@@ -7,7 +7,7 @@ use crosscoder::activations::Activations;
 use crosscoder::analysis::{ActivationPass, ActivationStats, DecoderNorms, Thresholds};
 use crosscoder::atomic;
 use crosscoder::backend::{Backend, Cpu};
-use crosscoder::checkpoint::{self, Files};
+use crosscoder::checkpoint::Files;
 use crosscoder::error::{Error, Result};
 use crosscoder::normalisation::{factors, scale_rows};
 use crosscoder::report::{Report, TrainingLog};
@@ -92,11 +92,11 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     for path in [&asked.out, &asked.json, &asked.csv].into_iter().flatten() {
         args::may_write(path, asked.force || is_stdout(path))?;
     }
-    let files = checkpoint::find(&asked.paths[0])?;
-    let dtype = checkpoint::read_cfg(&files.cfg)?.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
-    let backend = Cpu::<f32>::new(dtype);
-    let backend = asked.threads.map_or(backend.clone(), |n| backend.with_threads(n));
-    let crosscoder = CrossCoder::load_files(backend, &files)?;
+    let files = args::checkpoint(&asked.paths[0])?;
+    let crosscoder = CrossCoder::load_with(&files, |dtype| {
+        let backend = Cpu::<f32>::new(dtype);
+        asked.threads.map_or(backend.clone(), |n| backend.with_threads(n))
+    })?;
     let report = report(&crosscoder, &files, &asked)?;
     write(&report, &asked)?;
     Ok(ExitCode::SUCCESS)
