@@ -80,7 +80,7 @@ fn compare<B: Backend>(case: &str, crosscoder: &CrossCoder<B>) {
 }
 
 /// The cases that are read, and whether something is folded into their weights.
-const READ: [(&str, bool); 15] = [
+const READ: [(&str, bool); 17] = [
     ("original", false),
     ("per-model-upper", false),
     ("per-model-lower", false),
@@ -88,6 +88,8 @@ const READ: [(&str, bool); 15] = [
     ("neel-4-layers", false),
     ("fork-plain-bf16", false),
     ("fork-normalised", true),
+    ("fork-tiny-scale", true),
+    ("fork-per-neuron-tiny-std", true),
     ("fork-trained", false),
     ("fork-no-threshold-yet", false),
     ("fork-batchtopk-crosscoder", true),
