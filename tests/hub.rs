@@ -987,7 +987,8 @@ fn refusals_name_their_cause() {
         let fake = Fake::with(move |_, _| Answer::error(status, code).with("X-Error-Message", Some("as ordered")));
         let folder = Folder::new();
         let error = assert_fails(&fake, &folder, SMALL, words);
-        assert_eq!(error.kind(), ErrorKind::Network);
+        let kind = if code == "EntryNotFound" { ErrorKind::Absent } else { ErrorKind::Network };
+        assert_eq!(error.kind(), kind);
         assert_eq!((fake.log().len(), folder.tree()), (1, Vec::new()), "one request, no file: {error}");
     }
 }
