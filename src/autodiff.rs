@@ -199,6 +199,12 @@ impl<B: Backend> Tape<B> {
         self.backend.weight_grad(d_acts, self.nodes[x.0].value.matrix(), write, &mut d.to.w_enc)
     }
 
+    /// Lets `f` set latents of `acts`, an encode, to 0. A gradient of latents lives where they are not 0, so what was cut passes
+    /// none on, and this needs no rule of its own.
+    pub fn cut(&mut self, acts: Var, f: impl FnOnce(&B, &mut B::Latents) -> Result<()>) -> Result<()> {
+        f(&self.backend, self.nodes[acts.0].value.latents_mut())
+    }
+
     /// `rec = acts · W_dec + b_dec`. acts [batch, d_hidden] → [batch, width]. Original: `decode`.
     pub fn decode(&mut self, p: &Parameters<B::Matrix>, acts: Var) -> Result<Var> {
         self.push(Op::Decode { acts }, |be, nodes, out, _| {

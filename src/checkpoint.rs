@@ -1,4 +1,5 @@
-//! Checkpoints in the original's layout: `version_K/N.pt` with `N_cfg.json` beside it, or `cc_weights.pt` with `cfg.json`.
+//! Checkpoints: `version_K/N.pt` with `N_cfg.json` beside it, or `cc_weights.pt` with `cfg.json`. They are read in any layout
+//! that [`crate::layouts`] knows, and written in the original's.
 //!
 //! Original: `create_save_dir`, `save`, `load`. Both files of a checkpoint are written and synced beside their places first;
 //! then the cfg is renamed, then the weights. A reader goes by the weights, so it finds a checkpoint whole or not at all.
@@ -11,6 +12,8 @@ use crate::crosscoder::CrossCoder;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::files::TensorFile;
+use crate::init::initial_weights;
+use crate::layouts;
 use crate::pt::{self, TensorSource};
 use crate::safetensors;
 use crate::tensor::{Tensor, Values, row_major_strides};
@@ -27,6 +30,23 @@ pub struct Files {
     pub weights: PathBuf,
     /// The cfg.
     pub cfg: PathBuf,
+}
+
+/// The names of a checkpoint that has a folder of its own, weights and cfg: the original's on the hub, the same as
+/// `.safetensors`, and what the `dictionary_learning` fork publishes and trains.
+pub const FOLDER_NAMES: [[&str; 2]; 6] = [
+    ["cc_weights.pt", "cfg.json"],
+    ["cc_weights.safetensors", "cfg.json"],
+    ["model.safetensors", "config.json"],
+    ["model_final.pt", "config.json"],
+    ["ae.pt", "config.json"],
+    ["model.pt", "config.json"],
+];
+
+/// The names that the cfg beside a weights file may have.
+pub(crate) fn cfg_names(weights: &str) -> [String; 3] {
+    let stem = weights.rsplit_once('.').map_or(weights, |(stem, _)| stem);
+    [format!("{stem}_cfg.json"), "cfg.json".to_owned(), "config.json".to_owned()]
 }
 
 /// The checkpoint `N` in a version directory: `N.pt` and `N_cfg.json`.
@@ -89,37 +109,37 @@ fn list(dir: &Path, number: impl Fn(&str) -> Option<&str>) -> Result<Vec<usize>>
     Ok(numbers)
 }
 
-/// The files of the checkpoint at `path`: a weights file with its cfg beside it, a directory that holds `cfg.json` and
-/// `cc_weights.pt`, or a version directory, whose newest checkpoint it is.
+/// The files of the checkpoint at `path`: a weights file with its cfg beside it, a version directory, whose newest checkpoint
+/// it is, or a directory with the two files of [`FOLDER_NAMES`].
 ///
 /// # Errors
 /// If there is no checkpoint; the message names what was looked for.
 pub fn find(path: &Path) -> Result<Files> {
-    let is_file = |p: &Path| p.is_file();
     if path.is_dir() {
         if let Some(&newest) = numbers(path)?.last() {
             return Ok(numbered(path, newest));
         }
-        for (weights, cfg) in [("cc_weights.pt", "cfg.json"), ("cc_weights.safetensors", "cfg.json")] {
+        let there = |[weights, _]: &&[&str; 2]| path.join(weights).is_file();
+        if let Some([weights, cfg]) = FOLDER_NAMES.iter().find(there) {
             let files = Files { weights: path.join(weights), cfg: path.join(cfg) };
-            if is_file(&files.weights) {
+            if files.cfg.is_file() {
                 return Ok(files);
             }
+            return Err(Error::usage(format!("its cfg is missing: no {cfg} beside it")).in_file(&files.weights));
         }
-        return Err(Error::usage("no checkpoint here: needs N.pt with N_cfg.json, or cc_weights.pt with cfg.json")
-            .in_file(path));
+        let names: Vec<String> = FOLDER_NAMES.iter().map(|[weights, cfg]| format!("{weights} with {cfg}")).collect();
+        let what = format!("no checkpoint here: looked for N.pt with N_cfg.json, {}", names.join(", "));
+        return Err(Error::usage(what).in_file(path));
     }
     if !path.exists() {
         return Err(Error::io("no such checkpoint", std::io::ErrorKind::NotFound.into()).in_file(path));
     }
-    let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
-    let candidates = [format!("{stem}_cfg.json"), "cfg.json".to_owned()].map(|name| path.with_file_name(name));
-    match candidates.iter().find(|cfg| is_file(cfg)) {
-        Some(cfg) => Ok(Files { weights: path.to_owned(), cfg: cfg.clone() }),
+    let names = cfg_names(path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
+    match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.is_file()) {
+        Some(cfg) => Ok(Files { weights: path.to_owned(), cfg }),
         None => {
-            let [beside, _] = &candidates;
-            Err(Error::usage(format!("its cfg is missing: neither {} nor cfg.json is beside it", beside.display()))
-                .in_file(path))
+            let what = format!("its cfg is missing: none of {} is beside it", names.join(", "));
+            Err(Error::usage(what).in_file(path))
         }
     }
 }
@@ -133,38 +153,18 @@ pub fn read_cfg(path: &Path) -> Result<Config> {
     Config::from_json(&bytes).map_err(|e| e.in_file(path))
 }
 
-/// Reads a checkpoint's cfg and its four parameters, on the host.
+/// Reads a checkpoint's cfg and its four parameters, on the host: in whatever layout, the original's comes out.
 ///
 /// # Errors
-/// Files that cannot be read; a weights file that lacks a parameter or holds another tensor.
+/// Files that cannot be read; weights of no layout that is known, or of one that is not supported.
 pub fn read(files: &Files) -> Result<(Config, Parameters<Tensor>)> {
-    Ok((read_cfg(&files.cfg)?, read_weights(&files.weights)?))
-}
-
-/// Reads the four parameters from a weights file.
-///
-/// # Errors
-/// As [`read`].
-pub fn read_weights(path: &Path) -> Result<Parameters<Tensor>> {
-    let mut file = TensorFile::open(path)?;
-    let entries = file.tensors().to_vec();
-    let known = |name: &str| PARAMETER_NAMES.contains(&name);
-    if let Some(other) = entries.iter().find(|entry| !known(&entry.name)) {
-        let found = format!("holds a tensor {:?}; a crosscoder has {}", other.name, PARAMETER_NAMES.join(", "));
-        return Err(Error::format(found).in_file(path));
-    }
-    let mut read = |name: &str| {
-        let index = entries.iter().position(|entry| entry.name == name);
-        let index = index.ok_or_else(|| Error::format(format!("{name} is missing")).in_file(path))?;
-        file.read(index)
-    };
-    let [w_enc, w_dec, b_enc, b_dec] = PARAMETER_NAMES;
-    Ok(Parameters { w_enc: read(w_enc)?, w_dec: read(w_dec)?, b_enc: read(b_enc)?, b_dec: read(b_dec)? })
+    layouts::read(&mut TensorFile::open(&files.weights)?, read_cfg(&files.cfg)?, &files.cfg)
 }
 
 impl CrossCoder {
     /// A crosscoder with the initial weights that the cfg's `seed`, `enc_dtype`, `d_in`, `dict_size` and `dec_init_norm` say, bit
-    /// for bit those of the original. Original: `CrossCoder(cfg)`.
+    /// for bit those of the original; for two models, as there, or as many as the key `n_models` says. Original:
+    /// `CrossCoder(cfg)`.
     ///
     /// # Errors
     /// A key that is missing or ill-typed.
@@ -182,9 +182,7 @@ impl CrossCoder {
     /// # Errors
     /// Files that are missing, damaged or contradict each other; the message names file, entry, what was needed and found.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let files = find(path.as_ref())?;
-        let dtype = read_cfg(&files.cfg)?.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
-        Self::load_files(Cpu::new(dtype), &files)
+        Self::load_with(&find(path.as_ref())?, Cpu::new)
     }
 }
 
@@ -194,9 +192,9 @@ impl<B: Backend> CrossCoder<B> {
     /// # Errors
     /// As there.
     pub fn new_on(backend: B, cfg: Config) -> Result<Self> {
-        let (seed, norm) = (cfg.seed()?, cfg.number("dec_init_norm")?);
-        // hardcoding n_models to 2, as the original does
-        let weights = crate::init::initial_weights(seed, cfg.dict_size()?, 2, cfg.d_in()?, backend.dtype(), norm)?;
+        let (seed, norm, shape) =
+            (cfg.seed()?, cfg.number("dec_init_norm")?, [cfg.dict_size()?, cfg.n_models()?, cfg.d_in()?]);
+        let weights = initial_weights(seed, shape[0], shape[1], shape[2], backend.dtype(), norm)?;
         Self::from_tensors(backend, cfg, weights)
     }
 
@@ -215,6 +213,16 @@ impl<B: Backend> CrossCoder<B> {
     pub fn load_files(backend: B, files: &Files) -> Result<Self> {
         let (cfg, weights) = read(files)?;
         Self::from_tensors(backend, cfg, weights).map_err(|e| e.in_file(&files.weights))
+    }
+
+    /// Loads the checkpoint that these files are on the backend that `backend` makes for its dtype.
+    ///
+    /// # Errors
+    /// As [`CrossCoder::load`].
+    pub fn load_with(files: &Files, backend: impl FnOnce(Dtype) -> B) -> Result<Self> {
+        let (cfg, weights) = read(files)?;
+        let dtype = cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
+        Self::from_tensors(backend(dtype), cfg, weights).map_err(|e| e.in_file(&files.weights))
     }
 
     /// Saves the checkpoint whole or not at all: the weights as `torch.save(self.state_dict(), …)` writes them, byte for byte,

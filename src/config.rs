@@ -158,6 +158,14 @@ impl Config {
         self.size("dict_size")
     }
 
+    /// `n_models`: the number of models; 2 if the key is missing. The original has no such key and always two.
+    ///
+    /// # Errors
+    /// If it is no integer of 1 or more.
+    pub fn n_models(&self) -> Result<usize> {
+        if self.get("n_models").is_none() { Ok(2) } else { self.size("n_models") }
+    }
+
     /// `enc_dtype`: the type of the parameters.
     ///
     /// # Errors

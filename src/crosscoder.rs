@@ -2,6 +2,7 @@
 
 use crate::autodiff::{Parameters, Tape, Var, mean};
 use crate::backend::{Backend, Cpu, Precision, Scalar};
+use crate::batch_topk::BatchTopK;
 use crate::config::Config;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -73,6 +74,8 @@ pub struct CrossCoder<B: Backend = Cpu> {
     pub(crate) backend: B,
     pub(crate) cfg: Config,
     pub(crate) params: Parameters<B::Matrix>,
+    /// What latents must exceed, if the cfg says so. The original has none.
+    batch_topk: Option<BatchTopK>,
     n_models: usize,
     d_in: usize,
     d_hidden: usize,
@@ -84,7 +87,8 @@ impl<B: Backend> CrossCoder<B> {
     /// as [d_hidden, n_models, d_in], which is how the original lays it out, in the backend's dtype.
     ///
     /// # Errors
-    /// Shapes that contradict each other or the cfg's `d_in` and `dict_size`; integer weights.
+    /// Shapes that contradict each other or the cfg's `d_in`, `dict_size` and, if it is there, `n_models`; integer weights; a
+    /// cfg with a threshold that [`BatchTopK::from_cfg`] refuses.
     pub fn from_tensors(backend: B, cfg: Config, weights: Parameters<Tensor>) -> Result<Self> {
         let (d_in, d_hidden) = (cfg.d_in()?, cfg.dict_size()?);
         let n_models = match weights.w_enc.shape() {
@@ -93,6 +97,11 @@ impl<B: Backend> CrossCoder<B> {
                 return Err(Error::shape(format!("W_enc has shape {shape:?}; it needs [n_models, d_in, dict_size]")));
             }
         };
+        if cfg.get("n_models").is_some() && cfg.n_models()? != n_models {
+            let found =
+                format!("W_enc has shape {:?}; the cfg has n_models {}", weights.w_enc.shape(), cfg.n_models()?);
+            return Err(Error::shape(found));
+        }
         let needed =
             [vec![n_models, d_in, d_hidden], vec![d_hidden, n_models, d_in], vec![d_hidden], vec![n_models, d_in]];
         for ((tensor, needed), name) in weights.each().iter().zip(&needed).zip(crate::autodiff::PARAMETER_NAMES) {
@@ -114,7 +123,8 @@ impl<B: Backend> CrossCoder<B> {
             b_enc: backend.upload(1, d_hidden, lying(weights.b_enc))?,
             b_dec: backend.upload(1, width, lying(weights.b_dec))?,
         };
-        Ok(CrossCoder { backend, cfg, params, n_models, d_in, d_hidden })
+        let batch_topk = BatchTopK::from_cfg(&cfg)?;
+        Ok(CrossCoder { backend, cfg, params, batch_topk, n_models, d_in, d_hidden })
     }
 
     /// The number of models whose activations are read; 2 in the original.
@@ -142,7 +152,7 @@ impl<B: Backend> CrossCoder<B> {
         &self.cfg
     }
 
-    /// The cfg, to add or change keys that are saved with the model.
+    /// The cfg, to add or change keys that are saved with the model. Those that say what is computed were read when it was made.
     pub fn cfg_mut(&mut self) -> &mut Config {
         &mut self.cfg
     }
@@ -153,6 +163,7 @@ impl<B: Backend> CrossCoder<B> {
     }
 
     /// Pre-activations or activations of the latents, `r(r(x · W_enc) + b_enc)`, with relu unless `apply_relu` is false.
+    /// Where the cfg has a threshold (see [`crate::batch_topk`]), activations that do not exceed it are 0.
     ///
     /// x [batch, n_models, d_in], cast to the dtype → [batch, d_hidden]. Original: `encode`. Golden: `encode`,
     /// `encode_no_relu`.
@@ -177,12 +188,21 @@ impl<B: Backend> CrossCoder<B> {
         let mut dense = B::Matrix::default();
         if apply_relu {
             let mut acts = B::Latents::default();
-            self.backend.encode(&x, &self.params.w_enc, &self.params.b_enc, &mut acts)?;
+            self.encode_on(&x, &mut acts)?;
             self.backend.to_dense(&acts, &mut dense)?;
         } else {
             self.backend.linear(&x, &self.params.w_enc, &self.params.b_enc, &mut dense)?;
         }
         self.backend.download(&dense, 0, out)
+    }
+
+    /// [`Self::encode`] on the backend, with relu.
+    fn encode_on(&self, x: &B::Matrix, acts: &mut B::Latents) -> Result<()> {
+        self.backend.encode(x, &self.params.w_enc, &self.params.b_enc, acts)?;
+        match &self.batch_topk {
+            Some(batch_topk) => batch_topk.cut(&self.backend, &self.params.w_dec, self.n_models, acts),
+            None => Ok(()),
+        }
     }
 
     /// The reconstruction `r(r(acts · W_dec) + b_dec)`. acts [batch, d_hidden], cast to the dtype → [batch, n_models, d_in].
@@ -240,7 +260,7 @@ impl<B: Backend> CrossCoder<B> {
         self.check_len("out", out.len(), batch, width)?;
         let x = self.upload_x(batch, x)?;
         let (mut acts, mut rec) = Default::default();
-        self.backend.encode(&x, &self.params.w_enc, &self.params.b_enc, &mut acts)?;
+        self.encode_on(&x, &mut acts)?;
         self.backend.decode(&acts, &self.params.w_dec, &self.params.b_dec, &mut rec)?;
         self.backend.download(&rec, 0, out)
     }
@@ -282,6 +302,9 @@ impl<B: Backend> CrossCoder<B> {
         tape.clear();
         let x = tape.input(batch, width, x)?;
         let acts = tape.encode(&self.params, x)?;
+        if let Some(batch_topk) = &self.batch_topk {
+            tape.cut(acts, |be, acts| batch_topk.cut(be, &self.params.w_dec, self.n_models, acts))?;
+        }
         // acts: [batch, d_hidden]
         let x_reconstruct = tape.decode(&self.params, acts)?;
         let l2 = tape.squared_error(x_reconstruct, x)?;

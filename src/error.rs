@@ -24,6 +24,8 @@ pub enum ErrorKind {
     NonFinite,
     /// A server or the connection to it failed.
     Network,
+    /// A server says that there is no such file.
+    Absent,
     /// Another process holds the file or folder.
     Locked,
     /// The device (GPU, driver) failed or is not there.

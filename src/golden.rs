@@ -171,7 +171,7 @@ fn compute<B: Backend>(case: &Case, backend: B) -> Result<Vec<Ours>> {
 /// The training keys: the steps that take the batches of `train.x`, from a fresh crosscoder. The judge starts from the
 /// stored `init.*`, as the twins do, and from our own where the case leaves one out.
 fn train<B: Backend>(case: &Case, backend: B, put: &mut impl FnMut(&str, Vec<f64>)) -> Result<()> {
-    let mut weights = fresh(&case.cfg)?;
+    let mut weights = case.fresh()?;
     if is_judge::<B>() {
         for (weight, name) in weights.each_mut().into_iter().zip(PARAMETER_NAMES) {
             if let Some(stored) = case.golden.get(&format!("init.{name}")) {
@@ -206,11 +206,6 @@ fn train<B: Backend>(case: &Case, backend: B, put: &mut impl FnMut(&str, Vec<f64
         put(&format!("train.final.{name}"), tensor.to_f64_vec());
     }
     Ok(())
-}
-
-/// The weights of a fresh `CrossCoder(cfg)`, two models.
-fn fresh(cfg: &Config) -> Result<Parameters<Tensor>> {
-    initial_weights(cfg.seed()?, cfg.dict_size()?, 2, cfg.d_in()?, cfg.enc_dtype()?, cfg.number("dec_init_norm")?)
 }
 
 /// A float32 tensor [batch, n_models, d_in] as the host's array.
@@ -280,7 +275,7 @@ impl Case {
         if !self.golden.keys().any(|key| key.starts_with("init.")) {
             return Ok(rows);
         }
-        let ours = fresh(&self.cfg).map_err(|e| e.at(&self.name))?;
+        let ours = self.fresh().map_err(|e| e.at(&self.name))?;
         for key in self.golden.keys().filter(|key| key.starts_with("init.")) {
             let row = |outcome| Row { case: self.name.clone(), key: key.clone(), judge: "bits".to_owned(), outcome };
             let at = PARAMETER_NAMES.iter().position(|name| key.strip_prefix("init.") == Some(name));
@@ -306,6 +301,13 @@ impl Case {
             rows.push(row(Outcome::Compared { max: count, rms: count, fault }));
         }
         Ok(rows)
+    }
+
+    /// The weights of a fresh `CrossCoder(cfg)` for as many models as the case has.
+    fn fresh(&self) -> Result<Parameters<Tensor>> {
+        let (cfg, n_models) = (&self.cfg, self.weights.w_enc.shape().first().copied().unwrap_or(0));
+        let (dtype, norm) = (cfg.enc_dtype()?, cfg.number("dec_init_norm")?);
+        initial_weights(cfg.seed()?, cfg.dict_size()?, n_models, cfg.d_in()?, dtype, norm)
     }
 
     fn batch_size(&self, key: &str) -> Result<usize> {

@@ -29,6 +29,7 @@
 )]
 
 mod cache;
+mod checkpoint;
 mod http;
 mod names;
 mod transfer;
@@ -43,6 +44,8 @@ use cache::Repository;
 use http::{Class, Client, Described, Failure, Url};
 use names::{Commit, Target};
 use transfer::{Partial, Patience};
+
+pub use checkpoint::Address;
 
 /// The repository of `load_from_hf` unless told otherwise.
 pub const DEFAULT_REPO: &str = "ckkissane/crosscoder-gemma-2-2b-model-diff";
@@ -229,8 +232,8 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Usage`] for names that are none; [`ErrorKind::Network`] if there is no such repository, revision or
-    /// file, it is gated or private, the hub does not answer or says what cannot be, or the bytes do not hash to what it
+    /// [`ErrorKind::Usage`] for names that are none; [`ErrorKind::Absent`] if the repository has no such file;
+    /// [`ErrorKind::Network`] if there is no such repository or revision, it is gated or private, the hub does not answer or says what cannot be, or the bytes do not hash to what it
     /// says; [`ErrorKind::Io`] for the disk. What was transferred before an error is kept for the next run, unless it is
     /// wrong.
     ///

@@ -134,3 +134,19 @@ fn a_backend_of_another_dtype_and_a_missing_twin_are_errors() {
     let error = case.compare(Cpu::<f32>::new(Dtype::F32)).unwrap_err();
     assert!(error.to_string().contains("exact.decode"), "{error}");
 }
+
+#[test]
+fn three_models_compare_as_two_do() {
+    // Made by fixtures/make_golden_models.py from the original with its two replaced by three.
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden-3/fp32-3-models");
+    let case = Case::load(&dir).unwrap();
+    for path in [Path::Auto, Path::Dense, Path::Sparse] {
+        for row in rows(&case, path) {
+            assert_eq!(row.pass(), Some(true), "{path:?} {row:?}");
+        }
+    }
+    let keys: Vec<String> = rows(&case, Path::Auto).into_iter().map(|row| row.key).collect();
+    for key in ["explained_variance_2", "grad.W_enc", "init.W_dec", "train.final.W_dec", "train.explained_variance_1"] {
+        assert!(keys.iter().any(|k| k == key), "{key}");
+    }
+}

@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crosscoder::ErrorKind;
-use crosscoder::hub::{Event, Hub};
+use crosscoder::backend::Cpu;
+use crosscoder::checkpoint::Files;
+use crosscoder::hub::{Address, Event, Hub};
+use crosscoder::{CrossCoder, ErrorKind};
 use ring::digest;
 
 const REPO: &str = "org/name";
@@ -985,7 +987,8 @@ fn refusals_name_their_cause() {
         let fake = Fake::with(move |_, _| Answer::error(status, code).with("X-Error-Message", Some("as ordered")));
         let folder = Folder::new();
         let error = assert_fails(&fake, &folder, SMALL, words);
-        assert_eq!(error.kind(), ErrorKind::Network);
+        let kind = if code == "EntryNotFound" { ErrorKind::Absent } else { ErrorKind::Network };
+        assert_eq!(error.kind(), kind);
         assert_eq!((fake.log().len(), folder.tree()), (1, Vec::new()), "one request, no file: {error}");
     }
 }
@@ -998,4 +1001,119 @@ fn errors_of_the_disk_name_the_path() {
     let error = fake.hub(&cache).download(REPO, LARGE, "main", &mut quiet).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(error.to_string().contains("a file"), "{error}");
+}
+
+// ---- checkpoints ----
+
+/// The files of a case of fixtures/layouts, put into a folder of the repository.
+fn publish(fake: &Fake, case: &str, folder: &str) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/layouts").join(case);
+    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        fake.put(&format!("{folder}{name}"), &fs::read(entry.path()).unwrap());
+    }
+}
+
+/// A hub with the original's layout, the fork's, a lone file with its cfg, and a folder without weights.
+fn published() -> Fake {
+    let fake = Fake::start();
+    publish(&fake, "original", "blocks.14.hook_resid_pre/");
+    publish(&fake, "fork-batchtopk-crosscoder", "");
+    publish(&fake, "neel-4-layers", "neel/");
+    fake.put("half/cfg.json", b"{}");
+    fake
+}
+
+fn quiet_checkpoint(hub: &Hub, address: &str) -> crosscoder::Result<Files> {
+    hub.checkpoint(&Address::parse(address)?, &mut quiet)
+}
+
+#[test]
+fn a_checkpoint_is_found_by_the_names_that_layouts_have() {
+    let (fake, folder) = (published(), Folder::new());
+    let hub = fake.hub(&folder.cache());
+    let snapshot = folder.repo().join("snapshots").join(COMMIT);
+    for (address, weights, cfg, n_models) in [
+        ("hf://org/name/blocks.14.hook_resid_pre", "blocks.14.hook_resid_pre/cc_weights.pt", "cfg.json", 2),
+        ("hf://org/name@v1/blocks.14.hook_resid_pre/", "blocks.14.hook_resid_pre/cc_weights.pt", "cfg.json", 2),
+        ("hf://org/name@refs/pr/1", "model.safetensors", "config.json", 2),
+        ("hf://org/name/neel/1.pt", "neel/1.pt", "1_cfg.json", 4),
+        ("hf://org/name/model.safetensors", "model.safetensors", "config.json", 2),
+    ] {
+        let files = quiet_checkpoint(&hub, address).unwrap();
+        assert_eq!(files.weights, snapshot.join(weights), "{address}");
+        assert_eq!(files.cfg, files.weights.with_file_name(cfg), "{address}");
+        assert_eq!(CrossCoder::load_with(&files, Cpu::<f32>::new).unwrap().n_models(), n_models, "{address}");
+    }
+    // All of it again without the hub.
+    let offline = fake.hub(&folder.cache()).offline(true);
+    fake.forget();
+    quiet_checkpoint(&offline, "hf://org/name/blocks.14.hook_resid_pre").unwrap();
+    quiet_checkpoint(&offline, "hf://org/name@refs/pr/1").unwrap();
+    let error = quiet_checkpoint(&offline, "hf://org/name/half").unwrap_err().to_string();
+    assert!(error.contains("HF_HUB_OFFLINE") && fake.log().is_empty(), "{error}");
+}
+
+#[test]
+fn a_checkpoint_that_is_not_there_is_told_with_all_names() {
+    let (fake, folder) = (published(), Folder::new());
+    let hub = fake.hub(&folder.cache());
+    for (address, words) in [
+        (
+            "hf://org/name/half",
+            &["hf://org/name@main/half", "cc_weights.pt with cfg.json", "model.safetensors with config.json"][..],
+        ),
+        ("hf://org/name/neel/2.pt", &["2.pt with 2_cfg.json", "2.pt with config.json"]),
+    ] {
+        let error = quiet_checkpoint(&hub, address).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Absent);
+        assert!(words.iter().all(|word| error.to_string().contains(word)), "{error}");
+    }
+    // What fails otherwise ends the search with its own words.
+    fake.forget();
+    let error = quiet_checkpoint(&hub, "hf://org/name@v9/half").unwrap_err();
+    assert!(error.to_string().contains("no such revision"), "{error}");
+    assert_eq!(fake.log().len(), 1);
+    assert!(quiet_checkpoint(&hub, "hf://org/name/../x.pt").is_err());
+}
+
+/// The child of [`load_from_hf_takes_the_environment`]: alone it would ask the real hub.
+#[test]
+#[ignore = "run by load_from_hf_takes_the_environment"]
+fn child_load_from_hf() {
+    let crosscoder = CrossCoder::load_from_hf(REPO, crosscoder::hub::DEFAULT_PATH).unwrap();
+    assert_eq!((crosscoder.n_models(), crosscoder.d_in(), crosscoder.d_hidden()), (2, 6, 20));
+    assert!(CrossCoder::load_from_hf(REPO, "").unwrap().cfg().get("batch_topk_threshold").is_some());
+}
+
+#[test]
+fn load_from_hf_takes_the_environment() {
+    let (fake, folder) = (published(), Folder::new());
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_load_from_hf", "--ignored"])
+        .envs([("HF_ENDPOINT", fake.endpoint.as_str()), ("HF_HUB_CACHE", folder.cache().to_str().unwrap())])
+        .env_remove("HF_HUB_OFFLINE")
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
+    assert_eq!(fake.count(|request| request.is_bytes()), 1, "the weights of the original's layout");
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn a_verb_takes_an_address_for_its_checkpoint() {
+    let (fake, folder) = (published(), Folder::new());
+    let run = |from: &str, to: &Path| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+        command.env("HF_ENDPOINT", &fake.endpoint).env("HF_HUB_CACHE", folder.cache()).env_remove("HF_HUB_OFFLINE");
+        command.arg("convert").arg(from).arg(to).output().unwrap()
+    };
+    let to = folder.0.join("out.pt");
+    let output = run("hf://org/name/blocks.14.hook_resid_pre", &to);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(CrossCoder::load(&to).unwrap().d_hidden(), 20);
+    let output = run("hf://org/name/half", &folder.0.join("half.pt"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains("cc_weights.pt with cfg.json"), "{stderr}");
 }

@@ -177,6 +177,20 @@ pub trait Backend: Clone + Send + Sync {
         Ok(out)
     }
 
+    /// Sets `acts[b,h]` to 0 where `r(acts[b,h] · factors[h]) <= threshold`; nan stays. acts [batch, d_hidden].
+    ///
+    /// By default the latents go through the host and are rounded to the dtype, which they are in already.
+    fn keep_above(&self, acts: &mut Self::Latents, factors: &[Self::Scalar], threshold: Self::Scalar) -> Result<()> {
+        let (rows, cols) = acts.shape();
+        let mut dense = Self::Matrix::default();
+        self.to_dense(acts, &mut dense)?;
+        let mut values = vec![Self::Scalar::default(); rows * cols];
+        self.download(&dense, 0, &mut values)?;
+        cut(&mut values, factors, |v| self.round(v) <= threshold);
+        self.fill(rows, cols, &values, &mut dense)?;
+        self.to_latents(&dense, acts)
+    }
+
     /// `out = r(r(acts · w) + b)`. acts [batch, d_hidden], w [d_hidden, width], b [1, width] → [batch, width].
     fn decode(&self, acts: &Self::Latents, w: &Self::Matrix, b: &Self::Matrix, out: &mut Self::Matrix) -> Result<()>;
 
@@ -284,6 +298,17 @@ pub trait Backend: Clone + Send + Sync {
         v: &mut Self::Matrix,
         step: &AdamStep<Self::Scalar>,
     ) -> Result<()>;
+}
+
+/// Sets each value to 0 that `low` says is low once it is multiplied with its column's factor.
+fn cut<S: Scalar>(values: &mut [S], factors: &[S], low: impl Fn(S) -> bool) {
+    for row in values.chunks_exact_mut(factors.len().max(1)) {
+        for (v, &factor) in row.iter_mut().zip(factors) {
+            if low(*v * factor) {
+                *v = S::default();
+            }
+        }
+    }
 }
 
 /// The numbers of one step of [`Backend::adam`], the same for all parameters.

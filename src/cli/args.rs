@@ -1,5 +1,7 @@
 //! What the verbs share: reading arguments, printing results.
 
+use super::download;
+use crosscoder::checkpoint::{self, Files};
 use crosscoder::error::{Error, Result};
 use crosscoder::sparse::Path;
 use std::ffi::OsString;
@@ -40,6 +42,14 @@ pub(crate) fn path(parser: &mut lexopt::Parser) -> Result<Path> {
         "dense" => Ok(Path::Dense),
         "sparse" => Ok(Path::Sparse),
         other => Err(Error::usage(format!("--path needs auto, dense or sparse, found '{other}'"))),
+    }
+}
+
+/// The files of CHECKPOINT: those on this machine, or those of `hf://OWNER/REPO[@REVISION][/PATH]`, downloaded.
+pub(crate) fn checkpoint(text: &std::path::Path) -> Result<Files> {
+    match text.to_str().filter(|text| text.starts_with("hf://")) {
+        Some(address) => download::checkpoint(address),
+        None => checkpoint::find(text),
     }
 }
 

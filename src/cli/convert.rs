@@ -2,11 +2,12 @@
 
 use super::args;
 use crosscoder::atomic;
-use crosscoder::autodiff::PARAMETER_NAMES;
 use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::dtype::Dtype;
 use crosscoder::error::{Error, Result};
 use crosscoder::files::TensorFile;
+use crosscoder::layouts::recognise;
+use crosscoder::normalisation;
 use crosscoder::pt::{self, Save, TensorSource};
 use crosscoder::safetensors;
 use crosscoder::tensor::Tensor;
@@ -15,22 +16,26 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const HELP: &str = "\
-crosscoder convert IN OUT [--dtype fp32|fp16|bf16] [--force]
+crosscoder convert IN OUT [--dtype fp32|fp16|bf16] [--fold] [--force]
 
-Converts between .pt and .safetensors, by the name of OUT. IN is a checkpoint (a version directory, or a weights file with
-its cfg beside it) or any .pt, .safetensors or .npy file of tensors.
+Converts between .pt and .safetensors, by the name of OUT. IN is a checkpoint (a version directory, a weights file with its
+cfg beside it, a folder with both, hf://OWNER/REPO[@REVISION][/PATH]) or any .pt, .safetensors or .npy file of tensors.
 
 A checkpoint becomes one of the original's layout: W_enc with the original's strides in a .pt, the cfg beside OUT as
-NAME_cfg.json, its enc_dtype that of the weights. Of other files the tensors are kept by their names; plain values beside
+NAME_cfg.json, its enc_dtype that of the weights. Layouts that are read: the original's; the dictionary_learning fork's
+(CrossCoder, BatchTopKCrossCoder), its activation normalisation folded into the weights; Neel Nanda's; one tensor for each
+model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg, which the Python original ignores. Of other files the tensors are kept by their names; plain values beside
 tensors are named on stderr and left out of a .safetensors, which cannot hold them.
 
   --dtype D  casts float tensors, rounding to nearest even
+  --fold     folds the factors that activations were multiplied with in training (cfg key normalisation_factor) into the
+             weights, which then take activations as they are
   --force    replaces OUT if it is there
 ";
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
-    let (mut paths, mut dtype, mut force) = (Vec::<PathBuf>::new(), None, false);
+    let (mut paths, mut dtype, mut fold, mut force) = (Vec::<PathBuf>::new(), None, false, false);
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
             Long("dtype") => {
@@ -40,6 +45,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
                         .map_err(|_| Error::usage(format!("--dtype needs fp32, fp16 or bf16, found '{name}'")))?,
                 );
             }
+            Long("fold") => fold = true,
             Long("force") => force = true,
             Long("help") | Short('h') => return args::help(HELP),
             Value(path) => paths.push(path.into()),
@@ -50,26 +56,28 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if !is_safetensors(to) && to.extension().is_none_or(|e| !e.eq_ignore_ascii_case("pt")) {
         return Err(Error::usage(format!("OUT must be named .pt or .safetensors, found '{}'", to.display())));
     }
-    match checkpoint::find(from) {
-        Ok(files) if is_checkpoint(&files) => convert_checkpoint(&files, to, dtype, force)?,
-        Err(error) if from.is_dir() => return Err(error),
+    let is_checkpoint = |files: &Files| match TensorFile::open(&files.weights).and_then(|f| recognise(f.tensors())) {
+        Ok(layout) => layout.is_some(),
+        Err(_) => true,
+    };
+    match args::checkpoint(from) {
+        Ok(files) if is_checkpoint(&files) => convert_checkpoint(&files, to, dtype, fold, force)?,
+        Err(error) if !from.is_file() => return Err(error),
+        _ if fold => return Err(Error::usage("--fold needs a checkpoint: weights with their cfg").in_file(from)),
         _ => convert_tensors(from, to, dtype, force)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn is_checkpoint(files: &Files) -> bool {
-    let names = |file: TensorFile| file.tensors().iter().map(|t| t.name.clone()).collect::<Vec<_>>();
-    let Ok(names) = TensorFile::open(&files.weights).map(names) else { return true };
-    PARAMETER_NAMES.iter().any(|name| names.iter().any(|n| n == name))
-}
-
-fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool, force: bool) -> Result<()> {
     let stem = to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let out = Files { weights: to.to_owned(), cfg: to.with_file_name(format!("{stem}_cfg.json")) };
     args::may_write(&out.weights, force)?;
     args::may_write(&out.cfg, force)?;
-    let (mut cfg, weights) = checkpoint::read(files)?;
+    let (mut cfg, mut weights) = checkpoint::read(files)?;
+    if fold {
+        weights = normalisation::fold(&mut cfg, weights).map_err(|e| e.in_file(&files.cfg))?;
+    }
     let dtype = match dtype {
         Some(dtype) => dtype,
         None => cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?,

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use super::args;
 use super::progress::{Progress, Unit};
+use crosscoder::checkpoint::Files;
 use crosscoder::error::Result;
-use crosscoder::hub::{CFG_FILE, DEFAULT_PATH, DEFAULT_REPO, DEFAULT_REVISION, Event, Hub, WEIGHTS_FILE};
+use crosscoder::hub::{Address, CFG_FILE, DEFAULT_PATH, DEFAULT_REPO, DEFAULT_REVISION, Event, Hub, WEIGHTS_FILE};
 
 pub(crate) const HELP: &str = "\
 crosscoder download [REPO [PATH...]] [--revision REV]
@@ -53,6 +54,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         args::print(&format!("{}\n", path.display()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The checkpoint at an `hf://` address, downloaded.
+pub(crate) fn checkpoint(address: &str) -> Result<Files> {
+    let address = Address::parse(address)?;
+    let mut shown = Shown { file: String::new(), line: None };
+    Hub::from_env()?.checkpoint(&address, &mut |event| shown.show(event))
 }
 
 /// The files that a PATH stands for.

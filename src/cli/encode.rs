@@ -4,6 +4,7 @@ use super::args;
 use super::eval::factors;
 use crosscoder::activations::Activations;
 use crosscoder::atomic;
+use crosscoder::backend::Cpu;
 use crosscoder::checkpoint::is_safetensors;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
@@ -47,7 +48,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if out.exists() {
         return Err(Error::usage("is there already").in_file(&out));
     }
-    let crosscoder = CrossCoder::load(checkpoint)?;
+    let crosscoder = CrossCoder::load_with(&args::checkpoint(checkpoint)?, Cpu::new)?;
     let acts = Activations::open(acts)?;
     if (acts.n_models(), acts.d_in()) != (crosscoder.n_models(), crosscoder.d_in()) {
         let (found, needed) = ((acts.n_models(), acts.d_in()), (crosscoder.n_models(), crosscoder.d_in()));

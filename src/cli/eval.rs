@@ -3,6 +3,7 @@
 use super::args;
 use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
+use crosscoder::backend::Cpu;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::{Batches, evaluate};
 use crosscoder::normalisation;
@@ -14,7 +15,8 @@ crosscoder eval CHECKPOINT ACTS… [--batch-size N] [--raw] [--json]
 
 The losses of the original's get_losses over activations, by name: means over all rows, batch by batch.
 
-CHECKPOINT: a version directory (its newest checkpoint), or a weights file with its cfg beside it.
+CHECKPOINT: a version directory (its newest checkpoint), a weights file with its cfg beside it, a folder with both, or
+hf://OWNER/REPO[@REVISION][/PATH].
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory of them.
 
 Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
@@ -39,7 +41,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         }
     }
     let (checkpoint, acts) = args::checkpoint_and_acts("eval", &paths)?;
-    let crosscoder = CrossCoder::load(checkpoint)?;
+    let crosscoder = CrossCoder::load_with(&args::checkpoint(checkpoint)?, Cpu::new)?;
     let acts = Activations::open(acts)?;
     let factors = factors(&crosscoder, raw)?;
     let batch_size = batch_size.or_else(|| crosscoder.cfg().size("batch_size").ok()).unwrap_or(4096).min(4096);

@@ -6,7 +6,8 @@ use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
 use crosscoder::analysis::{ActivationStats, DecoderNorms, Thresholds, activation_stats};
 use crosscoder::atomic;
-use crosscoder::checkpoint::{self, Files};
+use crosscoder::backend::Cpu;
+use crosscoder::checkpoint::Files;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
 use crosscoder::report::{Report, TrainingLog};
@@ -95,8 +96,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     for path in [&asked.out, &asked.json, &asked.csv].into_iter().flatten() {
         args::may_write(path, asked.force || is_stdout(path))?;
     }
-    let files = checkpoint::find(&asked.paths[0])?;
-    let crosscoder = CrossCoder::load(&files.weights)?;
+    let files = args::checkpoint(&asked.paths[0])?;
+    let crosscoder = CrossCoder::load_with(&files, Cpu::<f32>::new)?;
     let report = report(&crosscoder, &files, &asked)?;
     write(&report, &asked)?;
     Ok(ExitCode::SUCCESS)

@@ -267,7 +267,12 @@ impl Client {
             Some(_) => "the token (HF_TOKEN) does not allow it",
             None => "if it is private, set HF_TOKEN",
         };
-        let (class, what) = match (status, text(headers, "x-error-code").as_deref()) {
+        let code = text(headers, "x-error-code");
+        if (status, code.as_deref()) == (404, Some("EntryNotFound")) {
+            let error = Error::new(ErrorKind::Absent, "no such file in the repository");
+            return Failure { error, class: Class::Final };
+        }
+        let (class, what) = match (status, code.as_deref()) {
             (429 | 408 | 500..=599, _) => {
                 let after = number(headers, "retry-after").map(Duration::from_secs);
                 (Class::Transient(after), format!("{who} answers {status}{said}"))
@@ -283,7 +288,6 @@ impl Client {
                 };
                 (Class::Denied, format!("access is gated{said}: {remedy}"))
             }
-            (404, Some("EntryNotFound")) => (Class::Final, "no such file in the repository".to_owned()),
             (404, Some("RevisionNotFound")) => (Class::Final, "no such revision in the repository".to_owned()),
             (401, _) => (Class::Denied, format!("repository not found (401){said}; {token}")),
             (404, Some("RepoNotFound")) => (Class::Denied, format!("repository not found{said}; {token}")),

@@ -102,6 +102,18 @@ pub fn check<B: Backend>(be: &B, [batch, h, models, d]: [usize; 4]) {
         m
     });
     assert_eq!(dense(be, &al), a, "to_latents and to_dense");
+
+    // Factors that are powers of two make exact products: both cut the same.
+    let factors: Vec<f64> = (0..h).map(|i| [0.5, 1.0, 2.0][i % 3]).collect();
+    let mut cut = latents(be, batch, h, &a);
+    be.keep_above(
+        &mut cut,
+        &factors.iter().map(|&v| B::Scalar::narrow(v)).collect::<Vec<_>>(),
+        B::Scalar::narrow(0.25),
+    )
+    .unwrap();
+    let kept = |(i, &v): (usize, &f64)| if v * factors[i % h] > 0.25 { v } else { 0.0 };
+    assert_eq!(dense(be, &cut), a.iter().enumerate().map(kept).collect::<Vec<_>>(), "keep_above");
     let (mut out, mut lat) = <(B::Matrix, B::Latents)>::default();
 
     let mut pre = vec![0.0; batch * h];

@@ -254,6 +254,18 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(Support { starts: of.starts.clone(), columns: of.columns.clone(), values: of.values.clone() })
     }
 
+    fn keep_above(&self, acts: &mut Latents<T>, factors: &[T], threshold: T) -> Result<()> {
+        let (rows, cols) = acts.shape();
+        let mut dense = self.dense(acts).into_owned();
+        super::cut(&mut dense, factors, |v| self.r(v) <= threshold);
+        if self.hold_sparse(&dense) {
+            acts.set_sparse(rows, cols, &dense);
+        } else {
+            acts.overwrite_dense(rows, cols).copy_from_slice(&dense);
+        }
+        Ok(())
+    }
+
     fn decode(&self, acts: &Latents<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
         assert_eq!(acts.cols, w.rows, "as many latents as the decoder has");
         let cols = w.cols;
