@@ -496,3 +496,19 @@ fn no_single_byte_gives_other_numbers() {
         }
     }
 }
+
+#[test]
+fn the_ratio_of_large_deflated_records_has_a_limit() {
+    // Of a record that nobody reads, so that the claim alone decides.
+    let claim = |packed: u32, size: u32| {
+        let mut all = good();
+        let mut extra = record("a/extra", b"").both(|h| h.size = size);
+        extra.repack(vec![0; packed as usize]);
+        all.push(extra);
+        zip(&all, |_| {})
+    };
+    let past: u32 = (16 << 20) + 1;
+    accepted("16 MiB at any ratio", &claim(2, 16 << 20));
+    accepted("just 200 times", &claim(past.div_ceil(200), past));
+    refused("more than 200 times", &claim(past.div_ceil(200) - 1, past), &["ratio"]);
+}

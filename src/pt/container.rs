@@ -458,7 +458,7 @@ fn read_entry(b: &mut Bytes<'_>) -> Result<Record> {
         STORED if packed != size => {
             return Err(wrong(format!("stored, and yet {packed} bytes packed are {size} unpacked")));
         }
-        DEFLATED if size > BOMB_BYTES && size / BOMB_RATIO > packed => {
+        DEFLATED if size > BOMB_BYTES && packed.saturating_mul(BOMB_RATIO) < size => {
             return Err(wrong(format!(
                 "deflated from {size} to {packed} bytes, a ratio above the limit of {BOMB_RATIO} for large records"
             )));

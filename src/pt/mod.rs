@@ -116,7 +116,7 @@ impl<R: Read + Seek> PtFile<R> {
         let bytes = container.read_all(pickle, limit)?;
         let find = |key: &str| {
             let name = format!("{folder}data/{key}");
-            let missing = || Error::format(format!("storage {key:?}: there is no record {name:?}"));
+            let missing = || Error::format(format!("storage {key:?} is missing: there is no record {name:?}"));
             let index = container.find(&name).filter(|_| !key.ends_with('/')).ok_or_else(missing)?;
             Ok((index, container.record(index)?.size))
         };

@@ -665,8 +665,7 @@ impl<'a> Machine<'a> {
             _ => &[],
         };
         let parts: Vec<&Node> = parts.iter().filter_map(|&id| self.nodes.get(id)).collect();
-        let [Node::Str(tag), Node::Global(class), Node::Str(key), Node::Str(_location), count] = parts.as_slice()
-        else {
+        let [Node::Str(tag), Node::Global(class), Node::Str(key), _location, count] = parts.as_slice() else {
             return Err(Error::format("a persistent id is not ('storage', class, key, location, count)"));
         };
         if &**tag != "storage" {
@@ -710,7 +709,7 @@ impl<'a> Machine<'a> {
         let node = |id: Id| self.nodes.get(id).unwrap_or(&Node::None);
         let wrong = |needed: &str| {
             let kinds: Vec<&str> = arguments.iter().map(|&id| self.nodes.kind(id)).collect();
-            Error::format(format!("needs {needed}, got ({})", kinds.join(", ")))
+            Error::format(format!("needs {needed} as arguments, got ({})", kinds.join(", ")))
         };
         let nodes: Vec<&Node> = arguments.iter().take(9).map(|&id| node(id)).collect();
         match (global, nodes.as_slice()) {

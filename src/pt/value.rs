@@ -449,7 +449,7 @@ impl Tree {
                 visits = visits.saturating_add(1);
                 if visits > MAX_VISITS {
                     return Err(Error::format(format!(
-                        "a walk over all values would visit more than {MAX_VISITS} (references to one value count each time)"
+                        "too many values: a walk would visit more than the limit of {MAX_VISITS} (a value counts for each reference to it)"
                     )));
                 }
                 let (steps, text) = frames.last().map_or((0, 0), |f| f.cost);
@@ -461,7 +461,7 @@ impl Tree {
                 match self.nodes.get(id) {
                     Some(Node::Tuple(_) | Node::List(_) | Node::Dict(..) | Node::Set(..)) => {
                         if frames.len() >= MAX_DEPTH {
-                            return Err(Error::format(format!("values nest deeper than {MAX_DEPTH}")));
+                            return Err(Error::format(format!("values nest deeper than the limit of {MAX_DEPTH}")));
                         }
                         let in_set = in_set || matches!(self.nodes.get(id), Some(Node::Set(..)));
                         frames.push(Frame { id, next: 0, in_set, cost: (steps, text) });
@@ -521,7 +521,8 @@ impl Tree {
 fn spend(bytes: usize) -> Result<()> {
     match bytes > MAX_WALK_BYTES {
         true => Err(Error::format(format!(
-            "all values and the paths to them take more than {MAX_WALK_BYTES} bytes (references to one value count each time)"
+            "too many values: with the paths to them they take more than the limit of {MAX_WALK_BYTES} bytes (a value counts for \
+             each reference to it)"
         ))),
         false => Ok(()),
     }
