@@ -357,6 +357,13 @@ fn benchmark() {
             be.linear(&x, &p.w_enc, &p.b_enc, &mut pre).unwrap();
             let mut row = vec![0.0; h];
             be.download(&pre, 0, &mut row).unwrap();
+            // What is timed is right: some elements, in float64.
+            for j in (0..h).step_by(1777) {
+                let r = |v: f32| f64::from(dtype.round(v));
+                let exact: f64 = (0..k).map(|l| r(batches[0][l]) * r(w_enc[j * k + l])).sum();
+                let bound = 4.0 * dtype.unit_roundoff() * exact.abs() + 1e-5 * k as f64 * 0.02;
+                assert!((f64::from(row[j]) - exact).abs() <= bound, "{name}: {}, exact {exact}", row[j]);
+            }
             row.sort_unstable_by(|a, b| b.total_cmp(a));
             p.b_enc = be.upload(1, h, Values::F32(vec![-row[active]; h])).unwrap();
 

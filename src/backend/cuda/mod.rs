@@ -1,4 +1,6 @@
 //! The GPU: kernels from `ptx/`, launched through cust. No CUDA toolkit is needed to build, no driver to start.
+//! (A crate that depends on this one with the feature `cuda` builds without a toolkit if it patches `find_cuda_helper` as this
+//! repository's `Cargo.toml` does: cargo does not pass a patch on.)
 //!
 //! Everything stays on the device but batches, which go up, and numbers and rows of numbers, which come down. Elements
 //! are stored in the dtype: every value of a matrix has been rounded to it. Sums have a fixed order (no atomics on
