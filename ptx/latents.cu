@@ -1,9 +1,9 @@
 // Latents on their support: compaction of what is not zero, and the products that need the support alone.
 //
-// The support is held twice. By row: row b has the entries starts[b] .. starts[b+1], columns ascending, with a value each.
-// By column: column h has the places col_starts[h] .. col_starts[h+1], rows ascending, each with its row and its entry.
-// Both are made from one pass over the dense latents, as bits, and every position is a count of bits: no atomics, no
-// sorting, always the same order.
+// The support is held twice. By row: row b has the entries starts[b] .. starts[b+1], columns ascending, with a value
+// each. By column: column h has the places col_starts[h] .. col_starts[h+1], rows ascending, each with its row and its
+// entry. Both are made from one pass over the dense latents, as bits, and every position is a count of bits: no
+// atomics, no sorting, always the same order.
 #include "common.cuh"
 
 // row_bits[b, h/32] and col_bits[b/32, h]: bit h%32 or b%32 is set where dense[b, h] is not 0 (nan is not 0).
@@ -106,12 +106,12 @@ __device__ void scatter(u32 cols, const u32* starts, const u32* columns, const t
     for (u32 e = starts[b] + threadIdx.x; e < starts[b + 1]; e += BLOCK) out[(u64)b * cols + columns[e]] = values[e];
 }
 
-// s[k] = Σ_j value(j) · m[index[j], k] over j = starts[i] .. starts[i+1], in this order; value(j) = values[entries[j]], or
-// values[j] where entries is null. Then out[i, k] = r(r(s) + bias[k]) if there is a bias, else r(s), added to out if `add`.
-// Decode: i is a row of the batch, m is W_dec. Weight gradients: i is a latent, m is x or d_rec.
-// Where m is not finite (*nonfinite), all its `rows` rows count, with value 0 for those not listed: 0 · nan is nan.
-// One block an i and a tile of BLOCK · lanes columns. Grid: i first, so that the blocks that run together read the same
-// tile of m, which stays in L2.
+// s[k] = Σ_j value(j) · m[index[j], k] over j = starts[i] .. starts[i+1], in this order; value(j) = values[entries[j]],
+// or values[j] where entries is null. Then out[i, k] = r(r(s) + bias[k]) if there is a bias, else r(s), added to out if
+// `add`. Decode: i is a row of the batch, m is W_dec. Weight gradients: i is a latent, m is x or d_rec. Where m is not
+// finite (*nonfinite), all its `rows` rows count, with value 0 for those not listed: 0 · nan is nan. One block an i and
+// a tile of BLOCK · lanes columns. Grid: i first, so that the blocks that run together read the same tile of m, which
+// stays in L2.
 template <class E>
 __device__ void gather(u32 rows, u32 cols, const u32* starts, const u32* index, const u32* entries,
                        const typename E::T* values, const typename E::T* m, const u32* nonfinite,
@@ -173,8 +173,8 @@ __device__ void gather(u32 rows, u32 cols, const u32* starts, const u32* index, 
     }
 }
 
-// out[e] = r(Σ_k d[b, k] · w[columns[e], k]) for the entries e of row b where values[e] > 0 or nan, else 0; added to out
-// if `add`. One block a row, one warp an entry at a time.
+// out[e] = r(Σ_k d[b, k] · w[columns[e], k]) for the entries e of row b where values[e] > 0 or nan, else 0; added to
+// out if `add`. One block a row, one warp an entry at a time.
 template <class E>
 __device__ void latents_grad(u32 cols, const u32* starts, const u32* columns, const typename E::T* values,
                              const typename E::T* d, const typename E::T* w, u32 add, typename E::T* out) {

@@ -2,51 +2,19 @@
 //
 // c[m, n] = Σ_k a(m, k) · b(n, k). Layouts: `nt`, a [M, K] and b [N, K] (encode, latents gradient); `nn`, a [M, K] and
 // b [K, N] (decode); `tn`, a [K, M] and b [K, N] (weight gradients). All row-major and dense. What a block stores is
-// finished as Finish says. A block of 256 threads makes a tile of 128 × 128. Grid: tiles of M, tiles of N.
-#include "common.cuh"
+// finished as Finish in product.cuh says. A block of 256 threads makes a tile of 128 × 128. Grid: tiles of M, tiles of
+// N.
+#include "product.cuh"
 
 #define THREADS 256
 #define TILE 128
-
-// What is done with a block's sums: they lie in shared memory, `rows` rows of TILE, STRIDE apart, and each becomes
-// value(m, n, sum). A loop over shared memory keeps this code small and the stores of a warp in one row.
-template <class E>
-struct Finish {
-    typedef typename E::T T;
-    u32 M, N;
-    const T* bias;  // c = r(r(sum) + bias[n])
-    const T* mask;  // c = 0 where mask[m, n] <= 0
-    u32 relu;       // c = 0 where c <= 0; nan stays
-    u32 add;        // c = r(c + r(sum))
-    T* c;
-
-    __device__ __forceinline__ void store(u32 m, u32 n, float sum) const {
-        const u64 at = (u64)m * N + n;
-        float v = sum;
-        if (bias) v = r<E>(v) + E::wide(bias[n]);
-        if (add) v = E::wide(c[at]) + r<E>(v);
-        if (relu && r<E>(v) <= 0.f) v = 0.f;
-        if (mask && E::wide(mask[at]) <= 0.f) v = 0.f;
-        c[at] = E::narrow(v);
-    }
-
-    // `scale(m, n, sum)` comes first.
-    template <u32 STRIDE, class F>
-    __device__ __forceinline__ void tile(const float* sums, u32 rows, u32 m0, u32 n0, F scale) const {
-        const u32 n = n0 + threadIdx.x % TILE;
-        if (n >= N) return;
-#pragma unroll 1
-        for (u32 i = threadIdx.x / TILE; i < rows && m0 + i < M; i += THREADS / TILE)
-            store(m0 + i, n, scale(m0 + i, n, sums[i * STRIDE + threadIdx.x % TILE]));
-    }
-};
 
 // ---- float32 ---------------------------------------------------------------------------------------------------------
 
 #define DEPTH 8
 
-// Four elements of an operand's tile from global memory. K_MINOR: [rows, K], four along k; otherwise [K, rows], four along
-// the row.
+// Four elements of an operand's tile from global memory. K_MINOR: [rows, K], four along k; otherwise [K, rows], four
+// along the row.
 template <bool K_MINOR>
 __device__ __forceinline__ void fetch(const float* p, u32 rows, u32 K, u32 row, u32 k, float* v) {
     const u32 minor = K_MINOR ? K : rows, major = K_MINOR ? row : k, at = K_MINOR ? k : row;
@@ -123,7 +91,7 @@ __device__ __forceinline__ void product_ffma(u32 M, u32 N, u32 K, const float* a
             for (u32 j = 0; j < 2; j++)
                 *(float4*)&memory[(ty * 4 + i) * TILE + j * 64 + tx * 4] = *(float4*)&sum[half * 4 + i][j * 4];
         __syncthreads();
-        finish.template tile<TILE>(memory, 64, m0 + half * 64, n0, [](u32, u32, float v) { return v; });
+        finish.template tile<TILE, TILE, THREADS>(memory, 64, m0 + half * 64, n0, t, [](u32, u32, float v) { return v; });
         __syncthreads();
     }
 }
@@ -131,8 +99,6 @@ __device__ __forceinline__ void product_ffma(u32 M, u32 N, u32 K, const float* a
 // ---- tensor cores ----------------------------------------------------------------------------------------------------
 
 #define KTILE 32
-
-__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes of which `n` are copied and the others are 0.
 __device__ __forceinline__ void copy16(u32 to, const void* from, u32 n) {
@@ -165,8 +131,8 @@ __device__ __forceinline__ void mma(bf16, float* c, const u32* a, const u32* b) 
 }
 
 // An operand's tile in shared memory: 512 chunks of 8 elements. K-minor: 128 rows of 4 chunks; otherwise 32 k of 16
-// chunks along the row. Chunks are permuted so that the eight addresses of a matrix that ldmatrix reads, and the rows that
-// copies write, lie in different banks.
+// chunks along the row. Chunks are permuted so that the eight addresses of a matrix that ldmatrix reads, and the rows
+// that copies write, lie in different banks.
 template <bool K_MINOR>
 __device__ __forceinline__ u32 place(u32 major, u32 chunk) {
     return K_MINOR ? major * 4 + (chunk ^ (major / 2 & 3)) : major * 16 + (chunk ^ (major & 7));
@@ -193,11 +159,12 @@ __device__ __forceinline__ void stage(u16* tile, const u16* p, u32 rows, u32 K, 
     }
 }
 
-// The sum of one block in the tensor cores' layout: 8 warps of 64 × 32; warp tile [4][4] of 16 × 8. PARTS 2: each operand is
-// two terms, high and low, and three of the four products are made, the smallest first; STAGES tiles of k are in flight.
+// The sum of one block in the tensor cores' layout: 8 warps of 64 × 32; warp tile [4][4] of 16 × 8. PARTS 2: each
+// operand is two terms, high and low, and three of the four products are made, the smallest first; STAGES tiles of k
+// are in flight.
 //
-// The tensor cores do not round sums to nearest. With two parts, where that would show, the sum of each tile of k is made
-// apart and added by the ordinary adder.
+// The tensor cores do not round sums to nearest. With two parts, where that would show, the sum of each tile of k is
+// made apart and added by the ordinary adder.
 template <class E, bool A_K, bool B_K, u32 PARTS, u32 STAGES>
 __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* const* a, const u16* const* b,
                                             float (&sum)[4][4][4]) {
@@ -267,8 +234,8 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
     }
 }
 
-// The sums of a block in shared memory, rows SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that half
-// a warp writes at a time lie in different banks.
+// The sums of a block in shared memory, rows SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
+// half a warp writes at a time lie in different banks.
 #define SUM_STRIDE (TILE + 8)
 
 __device__ __forceinline__ const float* put_sums(const float (&sum)[4][4][4]) {
@@ -293,12 +260,10 @@ __device__ __forceinline__ const float* put_sums(const float (&sum)[4][4][4]) {
 // ---- float32 as two float16 ------------------------------------------------------------------------------------------
 
 // For each row, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
-// [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by some
-// 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below 2^-28 of
-// the row's largest lose bits, which errs by 2^-40 of that. Rows are padded with zeros to `ld`, a multiple of 8. *nonfinite
-// is set if an element is not finite. One block a row.
-__device__ __forceinline__ float power_of_2(int e) { return __int_as_float((e + 127) << 23); }
-
+// [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by
+// some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
+// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. Rows are padded with zeros to `ld`, a multiple of
+// 8. *nonfinite is set if an element is not finite. One block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     split(u32 cols, u32 ld, const float* __restrict__ x, u16* __restrict__ high, u16* __restrict__ low, int* shift,
           u32* nonfinite) {
@@ -333,10 +298,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float sum[4][4][4] = {};
     product_mma<f16, true, true, 2, 3>(M, N, K, a, b, sum);
     const Finish<f32> finish = {M, N, bias, mask, relu, add, c};
-    finish.tile<SUM_STRIDE>(put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, [&](u32 m, u32 n, float v) {
-        int e = -(a_shift[m] + b_shift[n]);  // within ±252: two steps
-        return v * power_of_2(e / 2) * power_of_2(e - e / 2);
-    });
+    finish.tile<TILE, SUM_STRIDE, THREADS>(
+        put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x,
+        [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });
 }
 
 #define FFMA(NAME, A_K, B_K)                                                                                           \
@@ -357,8 +321,8 @@ FFMA(product_tn_f32, false, false)
         float sum[4][4][4] = {};                                                                                       \
         product_mma<E, A_K, B_K, 1, 4>(M, N, K, &a, &b, sum);                                                          \
         const Finish<E> finish = {M, N, bias, mask, relu, add, c};                                                     \
-        finish.tile<SUM_STRIDE>(put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE,                             \
-                                [](u32, u32, float v) { return v; });                                                  \
+        finish.tile<TILE, SUM_STRIDE, THREADS>(put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x, \
+                                               [](u32, u32, float v) { return v; });                                   \
     }
 MMA(product_nt_f16, f16, true, true)
 MMA(product_nn_f16, f16, true, false)

@@ -54,8 +54,8 @@ __device__ void row_sums(u32 cols, const typename E::T* m, typename E::T* out) {
     if (threadIdx.x == 0) out[blockIdx.x] = E::narrow(sum);
 }
 
-// out[b] = Σ (a - b)² over the columns from..to, each step rounded if `rounded`; b has one row if `one_row`. One block a
-// row.
+// out[b] = Σ (a - b)² over the columns from..to, each step rounded if `rounded`; b has one row if `one_row`. One block
+// a row.
 template <class E>
 __device__ void squared_distances(u32 cols, u32 from, u32 to, const typename E::T* a, const typename E::T* b, u32 one_row,
                                   u32 rounded, float* out) {
@@ -92,7 +92,8 @@ __device__ void group_norms(u32 d, const typename E::T* w, typename E::T* out) {
     if (threadIdx.x == 0) out[blockIdx.x] = E::narrow(sqrtf(sum));
 }
 
-// out = r(r(w[h, m, d] / n[h, m]) · d_t[h]), 0 where n is 0, added to out if `add`. One block a group, `d` elements each.
+// out = r(r(w[h, m, d] / n[h, m]) · d_t[h]), 0 where n is 0, added to out if `add`. One block a group, `d` elements
+// each.
 template <class E>
 __device__ void group_norms_grad(u32 d, u32 groups, const typename E::T* w, const typename E::T* norms,
                                  const typename E::T* d_t, u32 add, typename E::T* out) {

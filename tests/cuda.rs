@@ -1,5 +1,5 @@
 //! The GPU backend: the shipped PTX, run through cust and the driver's interface by an interpreter, or on a real device with
-//! `CROSSCODER_TEST_GPU=1`.
+//! `CROSSCODER_TEST_GPU=1`. `tests/gpu/run.sh` runs this program on such a machine, and its benchmark.
 
 #![cfg(feature = "cuda")]
 
@@ -142,7 +142,7 @@ fn golden_cases_pass() {
     if !standin::ready("golden_cases_pass") {
         return;
     }
-    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/golden");
+    let fixtures = standin::root().join("fixtures/golden");
     let mut cases = 0;
     for entry in std::fs::read_dir(fixtures).unwrap() {
         let dir = entry.unwrap().path();
@@ -163,50 +163,89 @@ fn golden_cases_pass() {
     assert!(cases >= 7, "{cases} cases");
 }
 
-/// A few training steps by the tape and Adam; the losses, and the parameters at the end.
-fn train<B: Backend<Scalar = f32>>(be: &B, steps: usize) -> (Vec<f32>, Vec<Vec<f64>>) {
-    let ([batch, h, models, d], mut rng) = ([37, 150, 2, 20], Rng(17));
-    let k = models * d;
-    let mut scaled = |n, scale| rng.vec(n).into_iter().map(|v| v * scale).collect::<Vec<_>>();
-    let mut params = Parameters {
-        w_enc: upload(be, h, k, &scaled(h * k, 0.2)),
-        w_dec: upload(be, h, k, &scaled(h * k, 0.2)),
-        b_enc: upload(be, 1, h, &scaled(h, 0.1)),
-        b_dec: upload(be, 1, k, &scaled(k, 0.1)),
-    };
-    let like = |rows: usize, cols: usize| upload(be, rows, cols, &vec![0.0; rows * cols]);
-    let moments = || Parameters { w_enc: like(h, k), w_dec: like(h, k), b_enc: like(1, h), b_dec: like(1, k) };
-    let (mut m, mut v, mut grads) = (moments(), moments(), Parameters::default());
-    let (mut tape, mut losses) = (Tape::new(be.clone()), Vec::new());
-    for step in 1..=steps {
-        let x: Vec<f32> = scaled(batch * k, 1.0).iter().map(|v| *v as f32).collect();
+/// Training by the tape and Adam.
+struct Training<B: Backend> {
+    be: B,
+    shape: [usize; 3],
+    params: Parameters<B::Matrix>,
+    grads: Parameters<B::Matrix>,
+    m: Parameters<B::Matrix>,
+    v: Parameters<B::Matrix>,
+    tape: Tape<B>,
+    steps: i32,
+}
+
+impl<B: Backend<Scalar = f32>> Training<B> {
+    /// `shape`: d_hidden, n_models, d_in; `weights` in the layout of the backend.
+    fn new(be: &B, shape @ [h, models, d]: [usize; 3], weights: Parameters<Vec<f32>>) -> Result<Self> {
+        let sizes = [(h, models * d), (h, models * d), (1, h), (1, models * d)];
+        let upload = |values: [Vec<f32>; 4]| -> Result<Parameters<B::Matrix>> {
+            let mut each = sizes.iter().zip(values).map(|(&(rows, cols), v)| be.upload(rows, cols, Values::F32(v)));
+            let mut next = || each.next().expect("four parameters");
+            Ok(Parameters::from_each([next()?, next()?, next()?, next()?]))
+        };
+        let zeros = || upload(sizes.map(|(rows, cols)| vec![0.0; rows * cols]));
+        let Parameters { w_enc, w_dec, b_enc, b_dec } = weights;
+        Ok(Training {
+            params: upload([w_enc, w_dec, b_enc, b_dec])?,
+            grads: Parameters::default(),
+            m: zeros()?,
+            v: zeros()?,
+            tape: Tape::new(be.clone()),
+            be: be.clone(),
+            shape,
+            steps: 0,
+        })
+    }
+
+    /// One step on a batch [batch, n_models, d_in]; the loss before it.
+    fn step(&mut self, x: &[f32]) -> Result<f32> {
+        let Training { be, shape: [_, models, d], params, grads, m, v, tape, steps } = self;
         tape.clear();
-        let x = tape.input(batch, k, &x).unwrap();
-        let acts = tape.encode(&params, x).unwrap();
-        let rec = tape.decode(&params, acts).unwrap();
-        let l2 = tape.squared_error(rec, x).unwrap();
-        let t = tape.total_decoder_norm(&params, models).unwrap();
-        let l1 = tape.weighted_l1(acts, t).unwrap();
-        let loss = tape.add_scaled(l2, 0.1, l1).unwrap();
-        tape.backward(loss, &params, &mut grads).unwrap();
-        losses.push(tape.scalar(loss));
-        let norms = grads.each().map(|g| be.norm(g).unwrap());
-        let norm = norms.iter().map(|n| n * n).sum::<f32>().sqrt();
+        let x = tape.input(x.len() / (*models * *d), *models * *d, x)?;
+        let acts = tape.encode(params, x)?;
+        let rec = tape.decode(params, acts)?;
+        let l2 = tape.squared_error(rec, x)?;
+        let t = tape.total_decoder_norm(params, *models)?;
+        let l1 = tape.weighted_l1(acts, t)?;
+        let loss = tape.add_scaled(l2, 0.1, l1)?;
+        tape.backward(loss, params, grads)?;
+        let mut squares = 0.0;
+        for g in grads.each() {
+            squares += be.norm(g)?.powi(2);
+        }
+        *steps += 1;
         let step = AdamStep {
-            clip: (1.0 / (norm + 1e-6)).min(1.0),
+            clip: (1.0 / (squares.sqrt() + 1e-6)).min(1.0),
             one_minus_beta1: 0.1,
             beta2: 0.999,
             one_minus_beta2: 0.001,
-            step_size: 0.01 / (1.0 - 0.9f32.powi(step as i32)),
-            bias_correction2_sqrt: (1.0 - 0.999f32.powi(step as i32)).sqrt(),
+            step_size: 0.01 / (1.0 - 0.9f32.powi(*steps)),
+            bias_correction2_sqrt: (1.0 - 0.999f32.powi(*steps)).sqrt(),
             eps: be.round(1e-8),
         };
         let moments = m.each_mut().into_iter().zip(v.each_mut());
         for ((p, g), (m, v)) in params.each_mut().into_iter().zip(grads.each()).zip(moments) {
-            be.adam(p, g, m, v, &step).unwrap();
+            be.adam(p, g, m, v, &step)?;
         }
+        Ok(tape.scalar(loss))
     }
-    (losses, params.each().iter().map(|p| values(be, p)).collect())
+}
+
+/// A few training steps; the losses, and the parameters at the end.
+fn train<B: Backend<Scalar = f32>>(be: &B, steps: usize) -> (Vec<f32>, Vec<Vec<f64>>) {
+    let ([batch, h, models, d], mut rng) = ([37, 150, 2, 20], Rng(17));
+    let k = models * d;
+    let mut scaled = |n, scale| rng.vec(n).into_iter().map(|v| (v * scale) as f32).collect::<Vec<_>>();
+    let weights = Parameters {
+        w_enc: scaled(h * k, 0.2),
+        w_dec: scaled(h * k, 0.2),
+        b_enc: scaled(h, 0.1),
+        b_dec: scaled(k, 0.1),
+    };
+    let mut training = Training::new(be, [h, models, d], weights).unwrap();
+    let losses = (0..steps).map(|_| training.step(&scaled(batch * k, 1.0)).unwrap()).collect();
+    (losses, training.params.each().iter().map(|p| values(be, p)).collect())
 }
 
 #[test]
@@ -228,23 +267,6 @@ fn training_steps_agree_with_the_cpu_and_repeat_bit_for_bit() {
             assert_eq!(train(&be, 5), (losses, params), "{name}, a second time");
         }
     }
-}
-
-/// By how many `2^-24 · Σ |x| · |w|` the largest error of a product goes beyond the true one.
-fn product_error(be: &Cuda, [m, n, k]: [usize; 3], x: &[f64], w: &[f64]) -> f64 {
-    let (xm, wm) = (upload(be, m, k, x), upload(be, n, k, w));
-    let (bias, mut out) = (upload(be, 1, n, &vec![0.0; n]), Default::default());
-    be.linear(&xm, &wm, &bias, &mut out).unwrap();
-    let ours = values(be, &out);
-    let mut worst = 0f64;
-    for i in 0..m {
-        for j in 0..n {
-            let terms = || (0..k).map(|l| f64::from(x[i * k + l] as f32) * f64::from(w[j * k + l] as f32));
-            let size: f64 = terms().map(f64::abs).sum();
-            worst = worst.max((ours[i * n + j] - terms().sum::<f64>()).abs() / (size * Dtype::F32.unit_roundoff()));
-        }
-    }
-    worst
 }
 
 #[test]
@@ -299,5 +321,83 @@ fn sizes_of_zero() {
         be.weight_grad(&acts, &x, Write::Set, &mut rec).unwrap();
         assert_eq!(values(&be, &rec), [0.0; 20], "{name}");
         assert!(be.active_counts(&acts).unwrap().is_empty(), "{name}");
+    }
+}
+
+/// d_in, n_models, d_hidden, batch, active latents a row: the sizes of the public crosscoder for Gemma 2B.
+const BENCHMARK: [usize; 5] = [2304, 2, 16384, 4096, 80];
+
+/// Times on a real device: `CROSSCODER_TEST_GPU=1 cuda --ignored --nocapture benchmark` prints rows of a table.
+#[test]
+#[ignore = "for a real device; takes minutes of memory traffic"]
+fn benchmark() {
+    if !standin::real_gpu() {
+        eprintln!("NOT RUN: benchmark: CROSSCODER_TEST_GPU is not 1");
+        return;
+    }
+    let [d, models, h, batch, active] = BENCHMARK;
+    let k = models * d;
+    println!("device: {}", cuda(Dtype::F32).describe());
+    println!("| dtype | latents | float32 products | encoder's product, TFLOP/s | encode, ms | step, ms |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    let mut rng = Rng(1);
+    let mut numbers = |n: usize, scale: f64| rng.vec(n).iter().map(|v| (v * scale) as f32).collect::<Vec<f32>>();
+    let (w_enc, w_dec) = (numbers(h * k, 0.02), numbers(h * k, 0.02));
+    let batches = [numbers(batch * k, 1.7), numbers(batch * k, 1.7)];
+    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        for (name, be) in variants(dtype) {
+            let dense = name.contains("Dense");
+            let weights =
+                Parameters { w_enc: w_enc.clone(), w_dec: w_dec.clone(), b_enc: vec![0.0; h], b_dec: vec![0.0; k] };
+            let mut training = Training::new(&be, [h, models, d], weights).unwrap();
+            let (mut x, mut pre, mut acts) = <(_, _, <Cuda as Backend>::Latents)>::default();
+            be.fill(batch, k, &batches[0], &mut x).unwrap();
+            let p = &mut training.params;
+            // A bias that leaves as many latents on as real crosscoders have.
+            be.linear(&x, &p.w_enc, &p.b_enc, &mut pre).unwrap();
+            let mut row = vec![0.0; h];
+            be.download(&pre, 0, &mut row).unwrap();
+            // What is timed is right: some elements, in float64.
+            for j in (0..h).step_by(1777) {
+                let r = |v: f32| f64::from(dtype.round(v));
+                let exact: f64 = (0..k).map(|l| r(batches[0][l]) * r(w_enc[j * k + l])).sum();
+                let bound = 4.0 * dtype.unit_roundoff() * exact.abs() + 1e-5 * k as f64 * 0.02;
+                assert!((f64::from(row[j]) - exact).abs() <= bound, "{name}: {}, exact {exact}", row[j]);
+            }
+            row.sort_unstable_by(|a, b| b.total_cmp(a));
+            p.b_enc = be.upload(1, h, Values::F32(vec![-row[active]; h])).unwrap();
+
+            let seconds = |runs: u32, run: &mut dyn FnMut()| {
+                run();
+                let start = std::time::Instant::now();
+                (0..runs).for_each(|_| run());
+                start.elapsed().as_secs_f64() / f64::from(runs)
+            };
+            let mut one = [0.0];
+            let product = seconds(10, &mut || {
+                be.linear(&x, &p.w_enc, &p.b_enc, &mut pre).unwrap();
+                be.download(&pre, 0, &mut one).unwrap();
+            });
+            let encode = seconds(10, &mut || {
+                be.encode(&x, &p.w_enc, &p.b_enc, &mut acts).unwrap();
+                be.active_counts(&acts).unwrap();
+            });
+            let counts = be.active_counts(&acts).unwrap();
+            let mean = counts.iter().sum::<f32>() / batch as f32;
+            let mut turn = 0;
+            let step = seconds(10, &mut || {
+                training.step(&batches[turn % 2]).unwrap();
+                turn += 1;
+            });
+            assert!((mean - active as f32).abs() < active as f32, "{mean} latents on");
+            println!(
+                "| {dtype} | {} | {} | {:.1} | {:.3} | {:.3} |",
+                if dense { "dense" } else { "support" },
+                name.split(' ').next_back().unwrap_or_default(),
+                2.0 * (batch * k) as f64 * h as f64 / product / 1e12,
+                encode * 1e3,
+                step * 1e3,
+            );
+        }
     }
 }

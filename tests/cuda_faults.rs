@@ -1,5 +1,6 @@
-//! What goes wrong on a device: faults planted in the shipped PTX, which the interpreter must find (a test of the tests), and
-//! failures of the device, which must become errors. One test program of its own: a fault spoils the whole process's context.
+//! What goes wrong on a device: faults planted in the shipped PTX, which the interpreter must find (a test of the
+//! tests), and failures of the device, which must become errors. One test program of its own: a fault spoils the whole
+//! process's context.
 
 #![cfg(feature = "cuda")]
 
@@ -28,11 +29,11 @@ fn kernel(name: &str) -> &'static str {
     let header = format!(".entry {name}(");
     let module = PTX.iter().find(|ptx| ptx.contains(&header)).unwrap_or_else(|| panic!("no kernel {name}"));
     let text = &module[module.find(&header).unwrap()..];
-    &text[..text.find("\n}\n").unwrap()]
+    &text[..text.find("\n\n}\n").unwrap()]
 }
 
 /// Each `what` of a kernel in turn replaced by `with`: what the interpreter says about `run` then, or nothing.
-fn plant_each(name: &str, what: &str, with: &str, run: fn() -> Result<()>) -> Vec<Option<String>> {
+fn plant_each(name: &str, what: &str, with: &str, run: Run) -> Vec<Option<String>> {
     let text = kernel(name);
     run().unwrap_or_else(|e| panic!("{name} as it is: {e}"));
     let places: Vec<usize> = text.match_indices(what).map(|(i, _)| i).collect();
@@ -54,6 +55,9 @@ fn encode(dtype: Dtype, product: Product) -> Result<()> {
     be.linear(&x, &w, &b, &mut out)?;
     be.norm(&out).map(drop)
 }
+
+/// A run of kernels.
+type Run = fn() -> Result<()>;
 
 fn encode_f32() -> Result<()> {
     encode(Dtype::F32, Product::Ffma)
@@ -83,9 +87,9 @@ fn decode() -> Result<()> {
 fn a_missing_barrier_is_found() {
     let Some(_guard) = alone("a_missing_barrier_is_found") else { return };
     let mut found = 0;
-    // The last number: barriers that the kernel could do without. block_sum's second one lets a block call it again, which
-    // these kernels do not; product_nt_f32's last one guards the sums' memory after the last half is stored.
-    let kernels: [(&str, fn() -> Result<()>, usize); 7] = [
+    // The last number: barriers that the kernel could do without. block_sum's second one lets a block call it again,
+    // which these kernels do not; product_nt_f32's last one guards the sums' memory after the last half is stored.
+    let kernels: [(&str, Run, usize); 7] = [
         ("product_nt_f32", encode_f32, 1),
         ("product_nt_f16", encode_f16, 0),
         ("product_nt_split", encode_split, 0),
@@ -109,8 +113,7 @@ fn a_missing_barrier_is_found() {
 #[test]
 fn an_asynchronous_copy_that_is_not_waited_for_is_found() {
     let Some(_guard) = alone("an_asynchronous_copy_that_is_not_waited_for_is_found") else { return };
-    let kernels: [(&str, fn() -> Result<()>, u32); 2] =
-        [("product_nt_f16", encode_f16, 2), ("product_nt_split", encode_split, 1)];
+    let kernels: [(&str, Run, u32); 2] = [("product_nt_f16", encode_f16, 2), ("product_nt_split", encode_split, 1)];
     for (name, run, groups) in kernels {
         let (wait, longer) = (format!("cp.async.wait_group {groups};"), format!("cp.async.wait_group {};", groups + 1));
         for fault in plant_each(name, &wait, &longer, run) {

@@ -16,9 +16,9 @@ pub enum Picked {
     Cuda(Cuda),
 }
 
-/// The backend for `cpu`, `cuda` or `cuda:N`, in `dtype`: what `--device` and a cfg's `device` mean. A GPU means "if there
-/// is one": where there is none the CPU is picked, and the reason is given in one line (`cuda:0: no NVIDIA driver; the
-/// CPU is used`).
+/// The backend for `cpu`, `cuda` or `cuda:N`, in `dtype`: what `--device` and a cfg's `device` mean. A GPU means "if
+/// there is one": where there is none the CPU is picked, and the reason is given in one line (`cuda:0: no NVIDIA
+/// driver; the CPU is used`).
 ///
 /// # Errors
 /// Any other name.

@@ -293,3 +293,20 @@ pub fn check_nan<B: Backend<Scalar = f32>>(be: &B, path: Path) {
     be.fill(1, h, &weights, &mut t).unwrap();
     assert!(be.weighted_sums(&acts, &t).unwrap()[0].is_nan(), "{path:?}");
 }
+
+/// By how many `2^-24 · Σ |x| · |w|` the largest error of a product goes beyond the true one.
+pub fn product_error<B: Backend>(be: &B, [m, n, k]: [usize; 3], x: &[f64], w: &[f64]) -> f64 {
+    let (xm, wm) = (upload(be, m, k, x), upload(be, n, k, w));
+    let (bias, mut out) = (upload(be, 1, n, &vec![0.0; n]), Default::default());
+    be.linear(&xm, &wm, &bias, &mut out).unwrap();
+    let ours = values(be, &out);
+    let mut worst = 0f64;
+    for i in 0..m {
+        for j in 0..n {
+            let terms = || (0..k).map(|l| f64::from(x[i * k + l] as f32) * f64::from(w[j * k + l] as f32));
+            let size: f64 = terms().map(f64::abs).sum();
+            worst = worst.max((ours[i * n + j] - terms().sum::<f64>()).abs() / (size * Dtype::F32.unit_roundoff()));
+        }
+    }
+    worst
+}

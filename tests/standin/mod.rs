@@ -18,8 +18,13 @@ pub fn real_gpu() -> bool {
     std::env::var("CROSSCODER_TEST_GPU").is_ok_and(|v| v == "1")
 }
 
-/// Has the crate find the stand-in, unless the tests run on a real device. False, with the test's name and the reason on
-/// stderr, where that cannot be; a panic instead if `CROSSCODER_REQUIRE_CUDA=1`.
+/// The repository: where this was built, or `CROSSCODER_ROOT` on another machine.
+pub fn root() -> PathBuf {
+    std::env::var_os("CROSSCODER_ROOT").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
+/// Has the crate find the stand-in, unless the tests run on a real device. False, with the test's name and the reason
+/// on stderr, where that cannot be; a panic instead if `CROSSCODER_REQUIRE_CUDA=1`.
 pub fn ready(test: &str) -> bool {
     static READY: OnceLock<Result<(), String>> = OnceLock::new();
     match READY.get_or_init(|| if real_gpu() { Ok(()) } else { open() }) {
@@ -37,7 +42,7 @@ fn open() -> Result<(), String> {
     if !cfg!(target_os = "linux") {
         return Err("the stand-in for the driver is built for Linux".to_owned());
     }
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let root = root();
     let target = root.join("target/ptx-interpreter");
     let built = Command::new(env!("CARGO"))
         .args(["build", "--release", "--offline", "--quiet", "--manifest-path"])

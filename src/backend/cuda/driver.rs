@@ -1,13 +1,13 @@
 //! cust, the driver, and all `unsafe` of the GPU backend: a device, its memory, its kernels.
 //!
-//! One stream computes; a second one brings activations up from pinned memory, beside it. Memory that is given back is kept
-//! and used again: the compute stream runs in order, so whoever gets it next comes after whoever had it before. Copies on
-//! the other stream have memory of their own.
+//! One stream computes; a second one brings activations up from pinned memory, beside it. Memory that is given back is
+//! kept and used again: the compute stream runs in order, so whoever gets it next comes after whoever had it before.
+//! Copies on the other stream have memory of their own.
 //!
 //! **What is safe.** A launch checks that kernel and arguments agree in number and size. That kernels stay within the
 //! buffers they are given is their contract, which the tests check by running them in an interpreter that checks every
-//! access. A kernel that breaks it harms memory of the device, not of the host: the driver reports an illegal access, and
-//! every later call fails.
+//! access. A kernel that breaks it harms memory of the device, not of the host: the driver reports an illegal access,
+//! and every later call fails.
 
 #![allow(unsafe_code)]
 
@@ -93,19 +93,26 @@ pub(super) struct Buffer {
 
 /// An argument of a kernel: its bytes.
 #[derive(Clone, Copy)]
+#[repr(align(64))] // as a tensor map must lie
 pub(super) struct Arg {
-    bytes: [u8; 8],
+    bytes: [u8; 128],
     size: usize,
 }
 
 impl Arg {
     /// A pointer that is null.
-    pub(super) const NULL: Arg = Arg { bytes: [0; 8], size: 8 };
+    pub(super) const NULL: Arg = Arg { bytes: [0; 128], size: 8 };
+
+    fn new<const N: usize>(value: [u8; N]) -> Self {
+        let mut bytes = [0; 128];
+        bytes[..N].copy_from_slice(&value);
+        Arg { bytes, size: N }
+    }
 }
 
 impl From<&Buffer> for Arg {
     fn from(buffer: &Buffer) -> Self {
-        Arg { bytes: buffer.at.to_ne_bytes(), size: 8 }
+        buffer.at.into()
     }
 }
 
@@ -117,14 +124,13 @@ impl From<Option<&Buffer>> for Arg {
 
 impl From<u64> for Arg {
     fn from(v: u64) -> Self {
-        Arg { bytes: v.to_ne_bytes(), size: 8 }
+        Arg::new(v.to_ne_bytes())
     }
 }
 
 impl From<u32> for Arg {
     fn from(v: u32) -> Self {
-        let [a, b, c, d] = v.to_ne_bytes();
-        Arg { bytes: [a, b, c, d, 0, 0, 0, 0], size: 4 }
+        Arg::new(v.to_ne_bytes())
     }
 }
 
@@ -136,7 +142,7 @@ impl From<bool> for Arg {
 
 impl From<f32> for Arg {
     fn from(v: f32) -> Self {
-        v.to_bits().into()
+        Arg::new(v.to_ne_bytes())
     }
 }
 
@@ -172,7 +178,7 @@ fn check(doing: &str, result: CUresult) -> Result<()> {
 }
 
 impl Gpu {
-    /// Device `ordinal` with those of `sources` that run on it; the first is needed.
+    /// Device `ordinal` with those of `sources` that run on it. Those that are for all later devices are needed.
     ///
     /// # Errors
     /// No driver, a driver that is too old, no such device, a device that is too old, or whatever the driver reports.
@@ -201,9 +207,9 @@ impl Gpu {
             (attribute(DeviceAttribute::ComputeCapabilityMajor)?, attribute(DeviceAttribute::ComputeCapabilityMinor)?);
         let context = Context::new(device).map_err(|e| failed("making a context", e))?;
         let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
-        for (i, source) in sources.iter().enumerate() {
+        for source in sources {
             let fits = if source.exact { capability.0 == source.capability.0 } else { capability >= source.capability };
-            if i > 0 && !(fits && version >= source.cuda) {
+            if source.exact && !(fits && version >= source.cuda) {
                 continue;
             }
             if !fits {
@@ -264,6 +270,65 @@ impl Gpu {
             None => self.0.allocate(size)?,
         };
         Ok(Buffer { gpu: self.clone(), at, bytes: size })
+    }
+
+    /// Whether a module that has this kernel was loaded.
+    pub(super) fn has(&self, kernel: &str) -> bool {
+        self.0.kernels.contains_key(kernel)
+    }
+
+    /// A tensor map of `matrix`, a pointer to [rows, cols] elements of 2 bytes, for the copy engine: boxes of
+    /// `box_rows` rows and 64 columns, swizzled in 128 bytes, zeros beyond the ends. `cols` is a multiple of 8.
+    pub(super) fn tensor_map(&self, matrix: Arg, rows: usize, cols: usize, box_rows: u32) -> Result<Arg> {
+        // cust does not know this function, which came with CUDA 12.0: map, element type, rank, address, sizes, strides
+        // in bytes, box, steps, interleaving, swizzling, promotion to L2, fill.
+        type Encode = unsafe extern "C" fn(
+            *mut u8,
+            i32,
+            u32,
+            CUdeviceptr,
+            *const u64,
+            *const u64,
+            *const u32,
+            *const u32,
+            i32,
+            i32,
+            i32,
+            i32,
+        ) -> i32;
+        const UINT16: i32 = 1;
+        const SWIZZLE_128_BYTES: i32 = 3;
+        const PROMOTE_256_BYTES: i32 = 3;
+        let doing = "describing a matrix to the copy engine";
+        let Some(function) = forward::symbol(c"cuTensorMapEncodeTiled") else {
+            return Err(device_error(format!("{doing}: the driver has no cuTensorMapEncodeTiled")));
+        };
+        let at = u64::from_ne_bytes(*matrix.bytes.first_chunk().expect("a pointer has 8 bytes"));
+        let (sizes, row_bytes) = ([cols as u64, rows as u64], [cols as u64 * 2]);
+        let (shape, steps) = ([64, box_rows], [1, 1]);
+        let mut map = Arg { bytes: [0; 128], size: 128 };
+        self.0.enter()?;
+        // SAFETY: the driver's function of this name has this signature (cuda.h), writes 128 bytes, aligned to 64, and
+        // reads two numbers from each array, one from the strides.
+        let result = unsafe {
+            let encode = std::mem::transmute::<*mut c_void, Encode>(function);
+            encode(
+                map.bytes.as_mut_ptr(),
+                UINT16,
+                2,
+                at,
+                sizes.as_ptr(),
+                row_bytes.as_ptr(),
+                shape.as_ptr(),
+                steps.as_ptr(),
+                0,
+                SWIZZLE_128_BYTES,
+                PROMOTE_256_BYTES,
+                0,
+            )
+        };
+        check(doing, forward::result(result))?;
+        Ok(map)
     }
 
     /// Sets all bytes to 0.
@@ -349,8 +414,8 @@ impl Gpu {
             check(&format!("asking for {} bytes of shared memory for {kernel}", shape.shared_bytes), result)?;
         }
         let mut params: Vec<*mut c_void> = args.iter().map(|arg| arg.bytes.as_ptr().cast_mut().cast()).collect();
-        // SAFETY: a function of a module that is loaded, on a stream of its context, with as many arguments of such sizes
-        // as it takes, which the driver copies before it returns.
+        // SAFETY: a function of a module that is loaded, on a stream of its context, with as many arguments of such
+        // sizes as it takes, which the driver copies before it returns.
         let result = unsafe {
             sys::cuLaunchKernel(
                 *function,
@@ -372,8 +437,8 @@ impl Gpu {
     /// Brings `values` up beside the computation, and has `then` launch what reads them; the buffer it gets is valid in
     /// what it launches.
     ///
-    /// Two slots take turns: while the device works on one batch, the next is copied. Host memory is free again when this
-    /// returns.
+    /// Two slots take turns: while the device works on one batch, the next is copied. Host memory is free again when
+    /// this returns.
     pub(super) fn upload(&self, values: &[f32], then: impl FnOnce(&Self, Arg) -> Result<()>) -> Result<()> {
         self.0.enter()?;
         let mut uploads = lock(&self.0.uploads);
@@ -383,8 +448,8 @@ impl Gpu {
         slot.reserve(&self.0, values.len())?;
         let (bytes, copies, compute) = (size_of_val(values), self.0.copies.as_inner(), self.0.compute.as_inner());
         // SAFETY: streams and events of this context. The pinned memory holds `bytes` bytes, and nothing reads it any
-        // more once `copied` is synchronized with. The device's memory holds as many, and the copy waits for `consumed`,
-        // which follows its last reader.
+        // more once `copied` is synchronized with. The device's memory holds as many, and the copy waits for
+        // `consumed`, which follows its last reader.
         unsafe {
             let doing = "bringing activations to the device";
             check(doing, sys::cuEventSynchronize(slot.copied))?;
@@ -459,8 +524,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From 1 MiB on, an eighth of the next lower power of two is the unit, so that sizes that vary a little (the support's)
-/// find each other's memory. Below, sizes are exact, which lets the tests see every access behind a buffer's end.
+/// From 1 MiB on, an eighth of the next lower power of two is the unit, so that sizes that vary a little (the
+/// support's) find each other's memory. Below, sizes are exact, which lets the tests see every access behind a buffer's
+/// end.
 fn pooled_bytes(bytes: usize) -> usize {
     match bytes {
         ..0x10_0000 => bytes,
@@ -586,10 +652,11 @@ fn parse_entries(ptx: &str) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
     ptx.split(".entry ").skip(1).filter_map(|text| {
         let (name, rest) = text.split_once('(')?;
         let (params, _) = rest.split_once(')')?;
-        let size = |param: &str| match param.split_whitespace().nth(1) {
-            Some(".u64" | ".b64" | ".s64" | ".f64") => 8,
-            Some(".u32" | ".b32" | ".s32" | ".f32") => 4,
-            other => panic!("kernel {name} has a parameter of type {other:?}"),
+        let size = |param: &str| match param.split_whitespace().collect::<Vec<_>>()[..] {
+            [_, ".u64" | ".b64" | ".s64" | ".f64", ..] => 8,
+            [_, ".u32" | ".b32" | ".s32" | ".f32", ..] => 4,
+            [_, ".align", "64", ".b8", array] if array.ends_with("[128]") => 128,
+            _ => panic!("kernel {name} has the parameter {param:?}"),
         };
         let sizes = params.split(',').filter(|param| !param.trim().is_empty()).map(size).collect();
         Some((name.trim().to_owned(), sizes))

@@ -1,11 +1,13 @@
 //! The GPU: kernels from `ptx/`, launched through cust. No CUDA toolkit is needed to build, no driver to start.
+//! (A crate that depends on this one with the feature `cuda` builds without a toolkit if it patches `find_cuda_helper` as this
+//! repository's `Cargo.toml` does: cargo does not pass a patch on.)
 //!
-//! Everything stays on the device but batches, which go up, and numbers and rows of numbers, which come down. Elements are
-//! stored in the dtype: every value of a matrix has been rounded to it. Sums have a fixed order (no atomics on floats, grids
-//! whose sizes do not depend on the device), so a run repeats bit for bit, on any device of one kind.
+//! Everything stays on the device but batches, which go up, and numbers and rows of numbers, which come down. Elements
+//! are stored in the dtype: every value of a matrix has been rounded to it. Sums have a fixed order (no atomics on
+//! floats, grids whose sizes do not depend on the device), so a run repeats bit for bit, on any device of one kind.
 //!
-//! Elementwise formulas give the CPU's bits. Sums have another order than there, and products in half precision are summed
-//! by tensor cores, which do not round to nearest.
+//! Elementwise formulas give the CPU's bits. Sums have another order than there, and products in half precision are
+//! summed by tensor cores, which do not round to nearest.
 
 mod driver;
 mod matrix;
@@ -21,11 +23,19 @@ use driver::{Arg, Buffer, Gpu, Shape, Source};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The modules. The first is needed, later ones are used where device and driver have what they need.
-const SOURCES: [Source; 3] = [
+/// The modules. Where device or driver lack what one needs, the general ones must do; those are needed.
+const SOURCES: [Source; 4] = [
     general("rows", include_str!("../../../ptx/rows.ptx")),
     general("latents", include_str!("../../../ptx/latents.ptx")),
     general("product", include_str!("../../../ptx/product.ptx")),
+    // PTX 8.0 for `sm_90a`, which later devices do not take.
+    Source {
+        name: "hopper",
+        ptx: include_str!("../../../ptx/hopper.ptx"),
+        capability: (9, 0),
+        exact: true,
+        cuda: (12, 0),
+    },
 ];
 
 /// PTX 7.0 for `sm_80`: drivers from CUDA 11.0 on, devices from Ampere on.
@@ -42,18 +52,32 @@ const PRODUCT_THREADS: u32 = 256;
 const MMA_BYTES: u32 = 128 * 136 * 4;
 /// Split products: three tiles of both parts of both operands.
 const SPLIT_BYTES: u32 = 3 * 4 * (8 << 10);
+/// Hopper's products, from `ptx/hopper.cu`: rows and columns of a tile, threads, and shared memory: stages of both
+/// operands' tiles, 64 deep, and 16 bytes of barriers for each.
+const HOPPER_ROWS: usize = 128;
+const HOPPER_THREADS: u32 = 384;
+const HOPPER_HALF: Hopper = Hopper { columns: 256, shared_bytes: 4 * ((128 + 256) * 64 * 2 + 16) };
+const HOPPER_SPLIT: Hopper = Hopper { columns: 128, shared_bytes: 3 * (2 * (128 + 128) * 64 * 2 + 16) };
+
+struct Hopper {
+    columns: usize,
+    shared_bytes: u32,
+}
+
 /// Rows that one thread sums in a column sum's first pass.
 const COLUMN_ROWS: usize = 64;
 /// Blocks of a sum over all elements. Fixed, so that the order of terms is.
 const NORM_BLOCKS: usize = 1024;
 
-/// Latents are held as a support where at most this share of them is not zero. An estimate from the operations and bytes of
-/// both ways on an H100, not yet a measurement: a sparse product reads a row of the weight per active latent, some 4 TB/s
-/// over L2; a dense one takes two operations per element, some 50 T/s in float32 and 300 T/s in half precision.
+/// Latents are held as a support where at most this share of them is not zero. An estimate from the operations and
+/// bytes of both ways on an H100, not yet a measurement: a sparse product reads a row of the weight per active latent,
+/// some 4 TB/s over L2; a dense one takes two operations per element, some 50 T/s in float32 and 300 T/s in half
+/// precision.
 const SPARSE_SHARE: f64 = 0.05;
 const SPARSE_SHARE_HALF: f64 = 0.02;
 
-/// Products of fewer multiplications than this are made by fused multiply-adds: splitting would take longer. An estimate.
+/// Products of fewer multiplications than this are made by fused multiply-adds: splitting would take longer. An
+/// estimate.
 const SPLIT_FROM: usize = 1 << 28;
 
 /// How float32 products of a whole matrix are made.
@@ -64,8 +88,8 @@ pub enum Product {
     Auto,
     /// By float32 fused multiply-adds.
     Ffma,
-    /// By tensor cores, each factor being the sum of two float16 numbers, scaled by row. Where an operand is not finite,
-    /// as [`Product::Ffma`]. Used for `x · wᵀ`, the encoder's product and the dense gradient of latents.
+    /// By tensor cores, each factor being the sum of two float16 numbers, scaled by row. Where an operand is not
+    /// finite, as [`Product::Ffma`]. Used for `x · wᵀ`, the encoder's product and the dense gradient of latents.
     Split,
 }
 
@@ -81,8 +105,8 @@ pub struct Cuda {
 impl Cuda {
     /// Device `ordinal`, counted from 0, storing and rounding in `dtype`.
     ///
-    /// # Errors
-    /// [`crate::ErrorKind::Device`], with the reason: `no NVIDIA driver`, `no device`, `driver too old for this module`, …
+    /// # Errors [`crate::ErrorKind::Device`], with the reason: `no NVIDIA driver`, `no device`, `driver too old for
+    /// this module`, …
     ///
     /// # Panics
     /// If `dtype` is not a float type that a crosscoder can have.
@@ -111,12 +135,16 @@ impl Cuda {
 
     /// Launches the variant of `kernel` for the dtype.
     fn launch(&self, kernel: &str, grid: (usize, usize), args: &[Arg]) -> Result<()> {
-        let dtype = match self.dtype {
+        self.launch_plain(&format!("{kernel}_{}", self.suffix()), grid, args)
+    }
+
+    /// The dtype in the names of kernels.
+    fn suffix(&self) -> &'static str {
+        match self.dtype {
             Dtype::F16 => "f16",
             Dtype::BF16 => "bf16",
             _ => "f32",
-        };
-        self.launch_plain(&format!("{kernel}_{dtype}"), grid, args)
+        }
     }
 
     /// Launches a kernel of [`BLOCK`] threads a block.
@@ -177,31 +205,35 @@ impl Cuda {
 
     /// `c = finish(a · b)` by the kernel for `layout`: [m, n] from k terms each.
     fn product(&self, layout: Layout, [m, n, k]: [usize; 3], a: Arg, b: Arg, finish: &Finish) -> Result<()> {
+        let nt = layout == Layout::Nt;
+        if nt && self.dtype != Dtype::F32 && self.on_hopper([m, n, k]) {
+            let maps = self.maps([m, n, k], &[(a, b)], &HOPPER_HALF)?;
+            return self.product_hopper(
+                &format!("hopper_nt_{}", self.suffix()),
+                [m, n, k],
+                &maps,
+                finish,
+                &HOPPER_HALF,
+            );
+        }
         let large = m.saturating_mul(n).saturating_mul(k) >= SPLIT_FROM;
         let split = match self.product {
             Product::Auto => large,
             Product::Ffma => false,
             Product::Split => true,
         };
-        let only_if = match split && layout == Layout::Nt && self.dtype == Dtype::F32 {
+        let only_if = match split && nt && self.dtype == Dtype::F32 {
             true => Some(self.product_split([m, n, k], a, b, finish)?),
             false => None,
         };
-        let half = self.dtype != Dtype::F32;
         let shape = Shape {
             grid: (m.div_ceil(TILE), n.div_ceil(TILE)),
             threads: PRODUCT_THREADS,
-            shared_bytes: if half { MMA_BYTES } else { 0 },
+            shared_bytes: if self.dtype == Dtype::F32 { 0 } else { MMA_BYTES },
         };
-        let dtype = match self.dtype {
-            Dtype::F16 => "f16",
-            Dtype::BF16 => "bf16",
-            _ => "f32",
-        };
-        let kernel = format!("product_{}_{dtype}", layout.name());
         let [bias, mask, relu, add, c] = finish.args();
         let args = [u32_arg(m), u32_arg(n), u32_arg(k), a, b, only_if.as_ref().into(), bias, mask, relu, add, c];
-        self.gpu.launch(&kernel, shape, &args)
+        self.gpu.launch(&format!("product_{}_{}", layout.name(), self.suffix()), shape, &args)
     }
 
     /// The product nt of split operands, unless one is not finite: then the word that is returned is not 0.
@@ -209,22 +241,61 @@ impl Cuda {
         let nonfinite = self.words(1)?;
         self.gpu.zero(&nonfinite)?;
         let ld = k.next_multiple_of(8);
-        let mut parts = Vec::new();
-        for (rows, operand) in [(m, a), (n, b)] {
+        let split = |rows: usize, operand: Arg| {
             let half = || self.gpu.buffer(rows.checked_mul(ld).and_then(|n| n.checked_mul(2)).ok_or_else(too_large)?);
-            let (high, low, shift) = (half()?, half()?, self.words(rows)?);
-            let args = [u32_arg(k), u32_arg(ld), operand, (&high).into(), (&low).into(), (&shift).into()];
-            self.launch_plain("split", (rows, 1), &[&args[..], &[(&nonfinite).into()]].concat())?;
-            parts.extend([high, low, shift]);
+            let parts = [half()?, half()?, self.words(rows)?];
+            let [high, low, shift] = parts.each_ref().map(Arg::from);
+            let args = [u32_arg(k), u32_arg(ld), operand, high, low, shift, (&nonfinite).into()];
+            self.launch_plain("split", (rows, 1), &args)?;
+            Ok::<_, Error>(parts)
+        };
+        let (a, b) = (split(m, a)?, split(n, b)?);
+        let ([a_high, a_low, a_shift], [b_high, b_low, b_shift]) =
+            (a.each_ref().map(Arg::from), b.each_ref().map(Arg::from));
+        let flag = Arg::from(&nonfinite);
+        if self.on_hopper([m, n, ld]) {
+            let maps = self.maps([m, n, ld], &[(a_high, b_high), (a_low, b_low)], &HOPPER_SPLIT)?;
+            let args = [maps[0], maps[2], a_shift, maps[1], maps[3], b_shift, flag];
+            self.product_hopper("hopper_nt_split", [m, n, ld], &args, finish, &HOPPER_SPLIT)?;
+            return Ok(nonfinite);
         }
         let shape =
             Shape { grid: (m.div_ceil(TILE), n.div_ceil(TILE)), threads: PRODUCT_THREADS, shared_bytes: SPLIT_BYTES };
         let mut args = vec![u32_arg(m), u32_arg(n), u32_arg(ld)];
-        args.extend(parts.iter().map(Arg::from));
-        args.push((&nonfinite).into());
+        args.extend([a_high, a_low, a_shift, b_high, b_low, b_shift, flag]);
         args.extend(finish.args());
         self.gpu.launch("product_nt_split", shape, &args)?;
         Ok(nonfinite)
+    }
+
+    /// Whether Hopper's products can make this one: the module is there, and rows are a multiple of 16 bytes, none
+    /// empty.
+    fn on_hopper(&self, [m, n, k]: [usize; 3]) -> bool {
+        self.gpu.has("hopper_nt_f16") && k.is_multiple_of(8) && m.min(n).min(k) > 0
+    }
+
+    /// Tensor maps for pairs of operands [m, k] and [n, k], in this order.
+    fn maps(&self, [m, n, k]: [usize; 3], pairs: &[(Arg, Arg)], shape: &Hopper) -> Result<Vec<Arg>> {
+        let mut maps = Vec::new();
+        for &(a, b) in pairs {
+            maps.push(self.gpu.tensor_map(a, m, k, HOPPER_ROWS as u32)?);
+            maps.push(self.gpu.tensor_map(b, n, k, shape.columns as u32)?);
+        }
+        Ok(maps)
+    }
+
+    fn product_hopper(
+        &self,
+        kernel: &str,
+        [m, n, k]: [usize; 3],
+        operands: &[Arg],
+        finish: &Finish,
+        shape: &Hopper,
+    ) -> Result<()> {
+        let args = [&[u32_arg(m), u32_arg(n), u32_arg(k)], operands, &finish.args()].concat();
+        let grid = (m.div_ceil(HOPPER_ROWS), n.div_ceil(shape.columns));
+        let shape = Shape { grid, threads: HOPPER_THREADS, shared_bytes: shape.shared_bytes };
+        self.gpu.launch(kernel, shape, &args)
     }
 
     /// `c = finish(x · wᵀ)`.

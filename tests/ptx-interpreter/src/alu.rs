@@ -48,6 +48,9 @@ pub(crate) fn alu(stem: &str, mods: &[&str], types: &[Ty]) -> Option<Alu> {
             Kind::Signed => each!(|a, b, c| (i64::from(a as i32) * i64::from(b as i32)) as u64),
             _ => each!(|a, b, c| u64::from(a as u32) * u64::from(b as u32)),
         },
+        ("mul", 16) if has("wide") && ty.kind == Kind::Unsigned => {
+            each!(|a, b, c| u64::from(a as u16) * u64::from(b as u16))
+        }
         ("mul", 32) if int && has("lo") => each!(|a, b, c| u64::from((a as u32).wrapping_mul(b as u32))),
         ("mul", 64) if int && has("lo") => each!(|a, b, c| a.wrapping_mul(b)),
         ("mul", 32) if int && has("hi") && ty.kind == Kind::Unsigned => {
@@ -90,6 +93,7 @@ pub(crate) fn alu(stem: &str, mods: &[&str], types: &[Ty]) -> Option<Alu> {
             each!(|a, b, c| u64::from(((a as i32) >> (b as u32).min(31)) as u32))
         }
         ("shr", 32) => each!(|a, b, c| u64::from((a as u32).checked_shr(b as u32).unwrap_or(0))),
+        ("shr", 16) if ty.kind != Kind::Signed => each!(|a, b, c| if b as u32 > 15 { 0 } else { a >> b }),
         ("shr", 64) if ty.kind != Kind::Signed => each!(|a, b, c| a.checked_shr(b as u32).unwrap_or(0)),
         ("popc", 32) => each!(|a, b, c| u64::from((a as u32).count_ones())),
         ("brev", 32) => each!(|a, b, c| u64::from((a as u32).reverse_bits())),

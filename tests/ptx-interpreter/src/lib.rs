@@ -1,9 +1,9 @@
 //! A stand-in for NVIDIA's driver that runs PTX on the CPU, for tests on machines without a GPU.
 //!
 //! It has the functions that this project calls, under their names in `libcuda.so.1`, and runs a module's PTX by an
-//! interpreter that checks each access to memory. Streams run late: an operation is carried out when somebody waits for it,
-//! so that a missing wait shows; what is copied to the device is read from the host's memory at that time. Errors of a
-//! kernel come, as from a device, with a later call, and stay.
+//! interpreter that checks each access to memory. Streams run late: an operation is carried out when somebody waits for
+//! it, so that a missing wait shows; what is copied to the device is read from the host's memory at that time. Errors
+//! of a kernel come, as from a device, with a later call, and stay.
 //!
 //! Functions that begin with `standin_` are for tests: they plant faults and tell what happened.
 
@@ -11,11 +11,13 @@
 
 mod alu;
 mod float;
+mod hopper;
 mod machine;
 mod memory;
 mod parse;
 mod race;
 
+use hopper::{MAGIC, TensorMap};
 use machine::{Launch, run};
 use memory::Memory;
 use parse::Module;
@@ -44,13 +46,39 @@ struct Stream {
 
 /// An operation of a stream.
 enum Work {
-    Up { to: u64, from: usize, bytes: usize },
-    Down { to: usize, from: u64, bytes: usize },
-    Copy { to: u64, from: u64, bytes: usize },
-    Set { at: u64, value: u8, bytes: usize },
-    Launch { module: usize, kernel: String, grid: (u32, u32), threads: u32, dynamic_bytes: usize, params: Vec<u8> },
+    Up {
+        to: u64,
+        from: usize,
+        bytes: usize,
+    },
+    Down {
+        to: usize,
+        from: u64,
+        bytes: usize,
+    },
+    Copy {
+        to: u64,
+        from: u64,
+        bytes: usize,
+    },
+    Set {
+        at: u64,
+        value: u8,
+        bytes: usize,
+    },
+    Launch {
+        module: usize,
+        kernel: String,
+        grid: (u32, u32),
+        threads: u32,
+        dynamic_bytes: usize,
+        params: Vec<u8>,
+    },
     /// Goes on after operation `put` of another stream.
-    Wait { stream: usize, put: u64 },
+    Wait {
+        stream: usize,
+        put: u64,
+    },
 }
 
 struct State {
@@ -197,7 +225,8 @@ macro_rules! driver {
     ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $ty),*) -> c_int {
-            // SAFETY: the caller keeps the contract of the driver's function of this name: pointers are to what it says.
+            // SAFETY: the caller keeps the contract of the driver's function of this name: pointers are to what it
+            // says.
             code((|| -> Answer { unsafe { $body } })())
         }
     )*};
@@ -369,6 +398,22 @@ driver! {
                 Work::Launch { module, kernel: name, grid: (gx, gy), threads: bx, dynamic_bytes: shared, params };
             s.put(stream as usize, work)
         })
+    }
+    fn cuTensorMapEncodeTiled(
+        map: *mut u8, element: c_int, rank: c_uint, at: u64, sizes: *const u64, row_bytes: *const u64,
+        boxes: *const u32, steps: *const u32, interleave: c_int, swizzle: c_int, _promotion: c_int, fill: c_int,
+    ) {
+        let (cols, rows, row_bytes) = (*sizes, *sizes.add(1), *row_bytes);
+        let (box_cols, box_rows) = (*boxes, *boxes.add(1));
+        // Two dimensions of 2-byte elements, swizzled in 128 bytes, and what the driver requires of them.
+        let kind = matches!(element, 1 | 6 | 9) && rank == 2 && (interleave, swizzle, fill) == (0, 3, 0);
+        let fits = box_cols == 64 && (1..=256).contains(&box_rows) && (*steps, *steps.add(1)) == (1, 1);
+        let there = with(|s| s.memory.host(at, (rows * row_bytes) as usize).is_some());
+        if !kind || !fits || !there || map as usize % 64 != 0 || at % 16 != 0 || row_bytes % 16 != 0 {
+            return Err(INVALID_VALUE);
+        }
+        map.cast::<TensorMap>().write(TensorMap { magic: MAGIC, at, cols, rows, row_bytes, box_cols, box_rows });
+        Ok(())
     }
     fn cuGetErrorName(_error: c_int, name: *mut *const c_char) { *name = c"an error".as_ptr(); Ok(()) }
     fn cuGetErrorString(_error: c_int, text: *mut *const c_char) { *text = c"an error".as_ptr(); Ok(()) }

@@ -1,11 +1,13 @@
-//! Runs a kernel, block by block. A warp runs until it waits; lanes that branch apart run lowest instruction first, so that
-//! they meet again. Blocks are independent and share the host's cores.
+//! Runs a kernel, block by block. A warp runs until it waits; lanes that branch apart run lowest instruction first, so
+//! that they meet again. Blocks are independent and share the host's cores.
 
 use crate::alu::Lanes;
 use crate::float::{bf16_to_f32, f16_to_f32, truncate};
+use crate::hopper::{Descriptor, Mbarrier, TensorMap, copy_box, wgmma};
 use crate::memory::View;
 use crate::parse::{Ins, Kernel, Op, Operand, Shuffle, Space, Special};
 use crate::race::{Shared, Who};
+use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
@@ -55,6 +57,9 @@ struct Block<'a> {
     at: (u32, u32),
     warps: Vec<Warp>,
     shared: Shared,
+    mbarriers: HashMap<u64, Mbarrier>,
+    /// Grows whenever something happens that a warp may wait for.
+    events: u64,
 }
 
 struct Warp {
@@ -65,7 +70,11 @@ struct Warp {
     /// Where all living lanes are, or none if they are apart.
     together: Option<usize>,
     apart: [usize; 32],
-    waits: bool,
+    /// The barrier at which it waits, and how many threads meet there.
+    waits: Option<(u64, Option<u64>)>,
+    /// Products in flight: what they read.
+    products: Vec<[Descriptor; 2]>,
+    product_rows: u64,
     /// Asynchronous copies: groups that are closed, oldest first, and the one that is open.
     groups: Vec<Vec<Copy>>,
     open: Vec<Copy>,
@@ -79,9 +88,10 @@ struct Copy {
 }
 
 /// Why a warp stops.
-#[derive(PartialEq)]
 enum Stop {
-    Barrier,
+    Barrier(u64, Option<u64>),
+    /// A barrier's phase is not over.
+    NotYet,
     Done,
 }
 
@@ -98,33 +108,52 @@ impl<'a> Block<'a> {
             alive: ALL,
             together: Some(0),
             apart: [0; 32],
-            waits: false,
+            waits: None,
+            products: Vec::new(),
+            product_rows: 0,
             groups: Vec::new(),
             open: Vec::new(),
             last_allocation: 0,
         };
         let shared = Shared::new(launch.kernel.shared_bytes + launch.dynamic_bytes, count);
-        Block { launch, at, warps: (0..count).map(warp).collect(), shared }
+        let warps = (0..count).map(warp).collect();
+        Block { launch, at, warps, shared, mbarriers: HashMap::new(), events: 0 }
     }
 
     fn run(mut self) -> Result<(), String> {
         loop {
+            let before = self.events;
             for i in 0..self.warps.len() {
-                if self.warps[i].waits || self.warps[i].alive == 0 {
+                if self.warps[i].waits.is_some() || self.warps[i].alive == 0 {
                     continue;
                 }
                 let mut warp = std::mem::replace(&mut self.warps[i], Warp::empty());
                 let stop = self.run_warp(&mut warp);
-                warp.waits = stop? == Stop::Barrier;
+                match stop? {
+                    Stop::Barrier(id, threads) => warp.waits = Some((id, threads)),
+                    Stop::Done => self.events += 1,
+                    Stop::NotYet => {}
+                }
                 self.warps[i] = warp;
             }
-            // All have stopped: they wait at the barrier or are done.
-            let waiting: Vec<usize> = self.warps.iter().filter(|w| w.waits).map(|w| w.index).collect();
-            if waiting.is_empty() {
+            let living = self.warps.iter().filter(|w| w.alive != 0).count();
+            if living == 0 {
                 return Ok(());
             }
-            self.shared.barrier(waiting.iter().copied());
-            self.warps.iter_mut().for_each(|w| w.waits = false);
+            let mut barriers: Vec<_> = self.warps.iter().filter_map(|w| w.waits).collect();
+            barriers.dedup();
+            for barrier in barriers {
+                let here = |w: &Warp| w.waits == Some(barrier);
+                let met: Vec<usize> = self.warps.iter().filter(|w| here(w)).map(|w| w.index).collect();
+                if met.len() == barrier.1.map_or(living, |threads| threads as usize / 32) {
+                    self.shared.barrier(met.iter().copied());
+                    met.iter().for_each(|&i| self.warps[i].waits = None);
+                    self.events += 1;
+                }
+            }
+            if self.events == before {
+                return Err("all threads wait for each other".into());
+            }
         }
     }
 
@@ -149,12 +178,19 @@ impl<'a> Block<'a> {
                         return Ok(Stop::Done);
                     }
                 }
-                Op::Barrier => {
+                Op::Barrier { id, threads } => {
                     if exec != warp.alive {
                         return Err(format!("thread {}: not all lanes meet at: {}", warp.index * 32, ins.text));
                     }
                     warp.branch(at, mask, 0, 0);
-                    return Ok(Stop::Barrier);
+                    return Ok(Stop::Barrier(id, threads));
+                }
+                Op::MbarrierTry => {
+                    let over = self.mbarrier_try(warp, ins, exec).map_err(|e| format!("{e}: {}", ins.text))?;
+                    warp.branch(at, mask, 0, 0);
+                    if !over {
+                        return Ok(Stop::NotYet);
+                    }
                 }
                 _ => {
                     if exec != 0 {
@@ -296,10 +332,90 @@ impl<'a> Block<'a> {
             }
             Op::LoadMatrix { transposed } => self.load_matrix(warp, ins, exec, *transposed),
             Op::Mma { bf16 } => self.mma(warp, ins, exec, *bf16),
+            Op::MbarrierInit => {
+                let (at, arrivals) = (self.address(warp, &ins.to[0])?, self.owned(warp, &ins.from[0])?);
+                for lane in lanes_of(exec) {
+                    aligned(at[lane], 8)?;
+                    self.shared.write(Who { agent: warp.index, lane }, at[lane], &[0; 8], false)?;
+                    self.mbarriers.insert(at[lane], Mbarrier::new(arrivals[lane]));
+                }
+                Ok(())
+            }
+            Op::MbarrierArrive { expect } => {
+                let at = self.address(warp, &ins.from[0])?;
+                let bytes = if *expect { self.owned(warp, &ins.from[1])? } else { [0; 32] };
+                for lane in lanes_of(exec) {
+                    self.shared.read(Who { agent: warp.index, lane }, at[lane], 8)?;
+                    let barrier = self.mbarriers.get_mut(&at[lane]).ok_or("there is no barrier")?;
+                    barrier.arrive(&mut self.shared, warp.index, bytes[lane])?;
+                    self.events += 1;
+                }
+                Ok(())
+            }
+            Op::TensorCopy => {
+                let [Operand::Tensor(map, place), barrier] = &ins.from[..] else {
+                    return Err("a map, a barrier".into());
+                };
+                let (to, barrier) = (self.address(warp, &ins.to[0])?, self.address(warp, barrier)?);
+                let map = self.owned(warp, map)?;
+                let (x, y) = (self.owned(warp, &place[0])?, self.owned(warp, &place[1])?);
+                for lane in lanes_of(exec) {
+                    let map = TensorMap::from_bytes(self.launch.params.get(map[lane] as usize..).unwrap_or_default())?;
+                    let (who, place) = (Who { agent: warp.index, lane }, (x[lane], y[lane]));
+                    let bytes = copy_box(&mut self.shared, self.launch.memory, who, &map, place, to[lane])?;
+                    let barrier = self.mbarriers.get_mut(&barrier[lane]).ok_or("there is no barrier")?;
+                    barrier.complete(&mut self.shared, bytes);
+                    self.events += 1;
+                }
+                Ok(())
+            }
+            Op::Wgmma { bf16, n } => {
+                whole_warp(exec)?;
+                let descriptor = |o| Descriptor::new(self.owned(warp, o)?[0]);
+                let operands = [descriptor(&ins.from[0])?, descriptor(&ins.from[1])?];
+                let keep = self.owned(warp, &ins.from[2])?[0] != 0;
+                let registers = vector(&ins.to[0])?;
+                let mut d = registers.iter().map(|o| self.owned(warp, o)).collect::<Result<Vec<_>, _>>()?;
+                if d.len() * 2 != *n {
+                    return Err(format!("{} registers", d.len()));
+                }
+                wgmma(&mut self.shared, warp.index, operands, *n, *bf16, keep, &mut d)?;
+                warp.products.push(operands);
+                warp.product_rows = *n as u64;
+                registers.iter().zip(&d).try_for_each(|(to, d)| warp.set(to, d, exec))
+            }
+            Op::WgmmaCommit => Ok(()),
+            Op::WgmmaWait => {
+                let Operand::Imm(0) = ins.from[0] else { return Err("only a wait for all products".into()) };
+                // Until now the products may have been reading.
+                let who = Who { agent: warp.index, lane: 0 };
+                let first = warp.index as u64 % 4 * 16;
+                for [a, b] in std::mem::take(&mut warp.products) {
+                    let rows = (first..first + 16).flat_map(|row| a.chunks(row));
+                    for at in rows.chain((0..warp.product_rows).flat_map(|row| b.chunks(row))) {
+                        self.shared.read(who, at, 16)?;
+                    }
+                }
+                Ok(())
+            }
             Op::Nothing => Ok(()),
-            Op::Branch(_) | Op::Return | Op::Barrier => unreachable!("handled by run_warp"),
-            _ => Err("not supported".into()),
+            Op::Branch(_) | Op::Return | Op::Barrier { .. } | Op::MbarrierTry => unreachable!("handled by run_warp"),
         }
+    }
+
+    /// Whether the phase is over; the destination says so, too.
+    fn mbarrier_try(&mut self, warp: &mut Warp, ins: &Ins, exec: u32) -> Result<bool, String> {
+        let (at, parity) = (self.address(warp, &ins.from[0])?, self.owned(warp, &ins.from[1])?);
+        let mut out = [0; 32];
+        for lane in lanes_of(exec) {
+            self.shared.read(Who { agent: warp.index, lane }, at[lane], 8)?;
+            let barrier = self.mbarriers.get(&at[lane]).ok_or("there is no barrier")?;
+            out[lane] = u64::from(barrier.try_wait(&mut self.shared, warp.index, parity[lane]));
+        }
+        warp.set(&ins.to[0], &out, exec)?;
+        let over = lanes_of(exec).all(|lane| out[lane] == 1);
+        self.events += u64::from(over);
+        Ok(over)
     }
 
     fn load(
@@ -422,7 +538,8 @@ impl<'a> Block<'a> {
             if count > 0 {
                 aligned(from[lane], 16)?;
                 let found = self.launch.memory.host(from[lane], count, &mut warp.last_allocation);
-                let from = found.ok_or_else(|| format!("global memory out of bounds: {count} bytes at {:#x}", from[lane]))?;
+                let from =
+                    found.ok_or_else(|| format!("global memory out of bounds: {count} bytes at {:#x}", from[lane]))?;
                 // SAFETY: that many bytes of an allocation.
                 unsafe { std::ptr::copy_nonoverlapping(from, data.as_mut_ptr(), count) };
             }
@@ -447,8 +564,7 @@ impl<'a> Block<'a> {
             }
             let out = std::array::from_fn(|lane| {
                 let (p, q) = (lane / 4, lane % 4 * 2);
-                let (low, high) =
-                    if transposed { (rows[q][p], rows[q + 1][p]) } else { (rows[p][q], rows[p][q + 1]) };
+                let (low, high) = if transposed { (rows[q][p], rows[q + 1][p]) } else { (rows[p][q], rows[p][q + 1]) };
                 u64::from(low) | u64::from(high) << 16
             });
             warp.set(to, &out, exec)?;
@@ -456,8 +572,8 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    /// d [16, 8] = a [16, 16] · b [16, 8] + c, each in the layout of fragments that the PTX manual draws for m16n8k16. The sum
-    /// of the products is exact here and truncated to float32, as tensor cores do not round to nearest.
+    /// d [16, 8] = a [16, 16] · b [16, 8] + c, each in the layout of fragments that the PTX manual draws for m16n8k16.
+    /// The sum of the products is exact here and truncated to float32, as tensor cores do not round to nearest.
     fn mma(&mut self, warp: &mut Warp, ins: &Ins, exec: u32, bf16: bool) -> Result<(), String> {
         whole_warp(exec)?;
         let wide = |v: u64| f64::from(if bf16 { bf16_to_f32(v as u16) } else { f16_to_f32(v as u16) });
@@ -510,7 +626,9 @@ impl Warp {
             alive: 0,
             together: None,
             apart: [0; 32],
-            waits: false,
+            waits: None,
+            products: Vec::new(),
+            product_rows: 0,
             groups: Vec::new(),
             open: Vec::new(),
             last_allocation: 0,
@@ -572,7 +690,11 @@ fn low_bits(bits: u32) -> u64 {
 }
 
 fn aligned(at: u64, bytes: usize) -> Result<(), String> {
-    if at % bytes as u64 == 0 { Ok(()) } else { Err(format!("shared memory: {bytes} bytes at {at}, which is not aligned")) }
+    if at % bytes as u64 == 0 {
+        Ok(())
+    } else {
+        Err(format!("shared memory: {bytes} bytes at {at}, which is not aligned"))
+    }
 }
 
 fn whole_warp(exec: u32) -> Result<(), String> {

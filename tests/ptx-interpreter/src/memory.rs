@@ -27,8 +27,8 @@ unsafe impl Send for Allocation {}
 /// The allocations at the time of a launch, ordered by address.
 pub(crate) struct View(Vec<(u64, usize, *mut u8)>);
 
-// SAFETY: the memory lives as long as the launch, during which nothing is freed. Blocks that write where others read do so
-// on the device as well: then the kernel is wrong.
+// SAFETY: the memory lives as long as the launch, during which nothing is freed. Blocks that write where others read do
+// so on the device as well: then the kernel is wrong.
 unsafe impl Sync for View {}
 
 fn layout(bytes: usize) -> Layout {

@@ -109,25 +109,45 @@ pub(crate) enum Op {
     Unpack(u32),
     /// One destination from sources of so many bits.
     Pack(u32),
-    Load { space: Space, bytes: usize, signed: bool },
-    Store { space: Space, bytes: usize },
+    Load {
+        space: Space,
+        bytes: usize,
+        signed: bool,
+    },
+    Store {
+        space: Space,
+        bytes: usize,
+    },
     AtomicOr,
     Branch(usize),
     Return,
-    Barrier,
+    /// Number, and how many threads meet; none: all of the block.
+    Barrier {
+        id: u64,
+        threads: Option<u64>,
+    },
     WarpSync,
     Ballot,
     Shuffle(Shuffle),
     CopyAsync,
     CopyCommit,
     CopyWait,
-    LoadMatrix { transposed: bool },
-    Mma { bf16: bool },
+    LoadMatrix {
+        transposed: bool,
+    },
+    Mma {
+        bf16: bool,
+    },
     MbarrierInit,
-    MbarrierArrive { expect: bool },
+    MbarrierArrive {
+        expect: bool,
+    },
     MbarrierTry,
     TensorCopy,
-    Wgmma { bf16: bool, n: usize },
+    Wgmma {
+        bf16: bool,
+        n: usize,
+    },
     WgmmaCommit,
     WgmmaWait,
     /// A fence, a hint: nothing that an interpreter in program order has to do.
@@ -236,9 +256,8 @@ fn kernel(
         layout.push((offset, bytes));
         offset += bytes;
     }
-    let max_threads = directives
-        .split_once(".maxntid")
-        .and_then(|(_, rest)| rest.split([',', '\n']).next()?.trim().parse().ok());
+    let max_threads =
+        directives.split_once(".maxntid").and_then(|(_, rest)| rest.split([',', '\n']).next()?.trim().parse().ok());
 
     let statements = statements(body);
     // First what is declared, so that instructions can refer to it.
@@ -441,12 +460,11 @@ fn instruction(text: &str, names: &Names, labels: &HashMap<String, usize>) -> Re
         }
         "st" => (Op::Store { space: space()?, bytes: need()?.bits as usize / 8 }, 0),
         "atom" if has("or") && has("b32") && has("global") => (Op::AtomicOr, 1),
-        "bar" | "barrier" if has("sync") && !has("warp") => {
-            if !matches!(operands[..], [Operand::Imm(0)]) {
-                return Err("only barrier 0 of all threads".into());
-            }
-            (Op::Barrier, 0)
-        }
+        "bar" | "barrier" if has("sync") && !has("warp") => match operands[..] {
+            [Operand::Imm(id)] => (Op::Barrier { id, threads: None }, 0),
+            [Operand::Imm(id), Operand::Imm(n)] => (Op::Barrier { id, threads: Some(n) }, 0),
+            _ => return Err("a barrier of another kind".into()),
+        },
         "bar" if has("warp") => (Op::WarpSync, 0),
         "vote" if has("ballot") => (Op::Ballot, 1),
         "shfl" => {
@@ -498,5 +516,5 @@ fn instruction(text: &str, names: &Names, labels: &HashMap<String, usize>) -> Re
     if matches!(op, Op::Shuffle(_)) && from.len() < 4 {
         from.insert(0, to.remove(1));
     }
-    Ok(Ins { op, guard, to, from, text: text.to_owned() })
+    Ok(Ins { op, guard, to, from, text: text.chars().take(100).collect() })
 }

@@ -2,13 +2,14 @@
 //!
 //! Two accesses by different threads of which one is a write must be ordered by a barrier. Each warp has a clock that
 //! advances at every synchronization, and knows of each other warp up to which time it is ordered before itself (vector
-//! clocks, as race detectors for threads have them). Accesses by threads of one warp are ordered by the warp's own clock:
-//! without `bar.warp.sync` or a barrier in between, they are not. Asynchronous copies have a clock of their own.
+//! clocks, as race detectors for threads have them). Accesses by threads of one warp are ordered by the warp's own
+//! clock: without `bar.warp.sync` or a barrier in between, they are not. Asynchronous copies have a clock of their own.
 
 /// Shared memory is watched in units of two bytes.
 const UNIT: usize = 2;
 
-/// A write that has not landed yet: nobody may access what it will write.
+/// A write that has not landed yet, or a read that may still go on: nobody may access what it writes, or write what it
+/// reads.
 const IN_FLIGHT: u32 = u32::MAX;
 
 /// More than one lane of a warp.
@@ -64,6 +65,15 @@ impl Shared {
 
     /// Notes a read; what is wrong with it, if something is.
     pub(crate) fn read(&mut self, who: Who, at: u64, bytes: usize) -> Result<&[u8], String> {
+        self.read_at(who, at, bytes, self.clocks[who.agent][who.agent])
+    }
+
+    /// A read that goes on until it is noted once more, by [`Self::read`].
+    pub(crate) fn read_in_flight(&mut self, who: Who, at: u64, bytes: usize) -> Result<&[u8], String> {
+        self.read_at(who, at, bytes, IN_FLIGHT)
+    }
+
+    fn read_at(&mut self, who: Who, at: u64, bytes: usize, now: u32) -> Result<&[u8], String> {
         for unit in self.units(at, bytes)? {
             let (agent, lane, clock) = self.writes[unit];
             if clock == 0 {
@@ -72,7 +82,6 @@ impl Shared {
             if !self.ordered(who, agent as usize, lane, clock) {
                 return Err(format!("race in shared memory: byte {at} is read while {} writes it", name(agent, lane)));
             }
-            let now = self.clocks[who.agent][who.agent];
             let read = &mut self.reads[unit * self.agents + who.agent];
             let lane = if read.1 == now && read.0 as usize != who.lane { MANY } else { who.lane as u8 };
             *read = (lane, now);
@@ -82,10 +91,31 @@ impl Shared {
 
     /// Notes a write of `data`. A write that is `in_flight` lands later, by [`Self::land`].
     pub(crate) fn write(&mut self, who: Who, at: u64, data: &[u8], in_flight: bool) -> Result<(), String> {
+        self.check_write(who, at, data.len())?;
+        let now = if in_flight { IN_FLIGHT } else { self.clocks[who.agent][who.agent] };
         for unit in self.units(at, data.len())? {
+            self.writes[unit] = (who.agent as u8, who.lane as u8, now);
+        }
+        if !in_flight {
+            self.bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
+        }
+        Ok(())
+    }
+
+    /// A write by the copy engine on behalf of `who`: it comes after what `who` knows of, and before what acquires the
+    /// engine's clock.
+    pub(crate) fn write_by_engine(&mut self, who: Who, at: u64, data: &[u8]) -> Result<(), String> {
+        self.check_write(who, at, data.len())?;
+        self.land(Who { agent: self.copy_engine(), lane: 0 }, at, data);
+        Ok(())
+    }
+
+    fn check_write(&self, who: Who, at: u64, bytes: usize) -> Result<(), String> {
+        for unit in self.units(at, bytes)? {
             let (agent, lane, clock) = self.writes[unit];
             if clock != 0 && !self.ordered(who, agent as usize, lane, clock) {
-                return Err(format!("race in shared memory: byte {at} is written while {} writes it", name(agent, lane)));
+                let writer = name(agent, lane);
+                return Err(format!("race in shared memory: byte {at} is written while {writer} writes it"));
             }
             for agent in 0..self.agents {
                 let (lane, clock) = self.reads[unit * self.agents + agent];
@@ -94,11 +124,6 @@ impl Shared {
                     return Err(format!("race in shared memory: byte {at} is written while {reader} reads it"));
                 }
             }
-            let now = if in_flight { IN_FLIGHT } else { self.clocks[who.agent][who.agent] };
-            self.writes[unit] = (who.agent as u8, who.lane as u8, now);
-        }
-        if !in_flight {
-            self.bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
         }
         Ok(())
     }

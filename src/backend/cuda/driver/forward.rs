@@ -2,8 +2,8 @@
 //!
 //! cust declares the driver's functions as symbols for the linker to find. Here they are found: each is defined as a
 //! forwarder that looks its namesake up in the driver's library at the first call. So the program links without a CUDA
-//! toolkit and starts without a driver. What is missing, the library or one function of it, answers as a machine without a
-//! device does.
+//! toolkit and starts without a driver. What is missing, the library or one function of it, answers as a machine
+//! without a device does.
 //!
 //! That the signatures are those that cust declares is checked when this file is compiled.
 

@@ -1,0 +1,65 @@
+"""Times a crosscoder's training step in PyTorch, at the size of tests/cuda.rs's benchmark: the formulas of the original, dense,
+with autograd, gradient clipping and torch.optim.Adam. Prints a table."""
+
+import time
+
+import torch
+
+D_IN, MODELS, DICT, BATCH, ACTIVE = 2304, 2, 16384, 4096, 80
+
+
+def measure(run, runs=10):
+    run()
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(runs):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / runs
+
+
+def case(name, dtype, tf32):
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.manual_seed(0)
+    on = {"device": "cuda", "dtype": dtype}
+    w_enc = torch.nn.Parameter((torch.rand(MODELS, D_IN, DICT, **on) * 2 - 1) * 0.02)
+    w_dec = torch.nn.Parameter((torch.rand(DICT, MODELS, D_IN, **on) * 2 - 1) * 0.02)
+    b_enc = torch.nn.Parameter(torch.zeros(DICT, **on))
+    b_dec = torch.nn.Parameter(torch.zeros(MODELS, D_IN, **on))
+    params = [w_enc, w_dec, b_enc, b_dec]
+    optimizer = torch.optim.Adam(params, lr=5e-5, betas=(0.9, 0.999))
+    x = ((torch.rand(BATCH, MODELS, D_IN, device="cuda") * 2 - 1) * 1.7).to(dtype)
+
+    def product():
+        return torch.einsum("bmd,mdh->bh", x, w_enc)
+
+    with torch.no_grad():
+        largest = product()[0].float().sort(descending=True).values
+        b_enc.fill_(-largest[ACTIVE].item())
+
+    def step():
+        acts = torch.relu(product() + b_enc)
+        rec = torch.einsum("bh,hmd->bmd", acts, w_dec) + b_dec
+        l2 = (rec.float() - x.float()).pow(2).sum(dim=(1, 2)).mean()
+        norms = w_dec.norm(dim=-1).sum(dim=-1)
+        l1 = (acts * norms).sum(dim=-1).mean()
+        loss = l2 + 0.1 * l1
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.no_grad():
+        seconds = measure(product)
+    rate = 2 * BATCH * MODELS * D_IN * DICT / seconds / 1e12
+    print(f"| {name} | {rate:.1f} | {measure(step) * 1e3:.3f} |", flush=True)
+
+
+print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
+print()
+print("| | encoder's product, TFLOP/s | step, ms (the batch is on the device) |")
+print("| --- | --- | --- |")
+case("float32, TF32 off (the default)", torch.float32, False)
+case("float32, TF32 on", torch.float32, True)
+case("bfloat16", torch.bfloat16, False)
