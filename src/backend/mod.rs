@@ -259,6 +259,21 @@ pub trait Backend: Clone + Send + Sync {
         out: &mut Self::Matrix,
     ) -> Result<()>;
 
+    /// The gradient of the decoder through the norms of its rows and through the reconstruction: `group_norms_grad` set, then
+    /// `weight_grad` added. For backends that do both in one pass over memory.
+    fn decoder_grad(
+        &self,
+        acts: &Self::Latents,
+        d_rec: &Self::Matrix,
+        w: &Self::Matrix,
+        norms: &Self::Matrix,
+        d_t: &Self::Matrix,
+        out: &mut Self::Matrix,
+    ) -> Result<()> {
+        self.group_norms_grad(w, norms, d_t, Write::Set, out)?;
+        self.weight_grad(acts, d_rec, Write::Add, out)
+    }
+
     /// `r(√(Σ m²))` over all elements.
     fn norm(&self, m: &Self::Matrix) -> Result<Self::Scalar>;
 
