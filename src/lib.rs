@@ -37,6 +37,7 @@ pub mod analysis;
 pub mod atomic;
 pub mod autodiff;
 pub mod backend;
+pub mod bench;
 pub mod buffer;
 pub mod checkpoint;
 pub mod config;

@@ -136,11 +136,11 @@ macro_rules! at_each_level {
         pub(super) fn $name<$T: Scalar>(level: Level, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx2,fma,f16c")]
+                #[target_feature(enable = "avx2,fma")]
                 fn avx2<$T: Scalar>($($arg: $ty),*) $(-> $ret)? {
                     $body::<$T, true>($($arg),*)
                 }
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
                 fn avx512<$T: Scalar>($($arg: $ty),*) $(-> $ret)? {
                     $body::<$T, true>($($arg),*)
                 }
@@ -302,6 +302,65 @@ fn round_body<T: Scalar, const FMA: bool, R: Rounding>(values: &mut [T]) {
 }
 
 at_each_level! {
+    /// `out = values`, exactly.
+    fn widen_bf16<T>(values: &[bf16], out: &mut [T]) = widen_bf16_body
+}
+
+#[inline(always)]
+fn widen_bf16_body<T: Scalar, const FMA: bool>(values: &[bf16], out: &mut [T]) {
+    for (o, v) in out.iter_mut().zip(values) {
+        *o = T::narrow(f64::from(f32::from_bits(u32::from(v.to_bits()) << 16)));
+    }
+}
+
+at_each_level! {
+    /// `out = values`, which are bfloat16 already.
+    fn narrow_bf16<T>(values: &[T], out: &mut [bf16]) = narrow_bf16_body
+}
+
+#[inline(always)]
+fn narrow_bf16_body<T: Scalar, const FMA: bool>(values: &[T], out: &mut [bf16]) {
+    for (o, v) in out.iter_mut().zip(values) {
+        *o = bf16::from_bits(((v.wide() as f32).to_bits() >> 16) as u16);
+    }
+}
+
+at_each_level! {
+    /// `out = values`, exactly.
+    fn widen_f16<T>(values: &[f16], out: &mut [T]) = widen_f16_body
+}
+
+#[inline(always)]
+fn widen_f16_body<T: Scalar, const FMA: bool>(values: &[f16], out: &mut [T]) {
+    for (o, v) in out.iter_mut().zip(values) {
+        let bits = u32::from(v.to_bits());
+        // Exponent and fraction in the places of float32, the exponent 112 too small; the product also makes subnormals right.
+        let finite = (f32::from_bits((bits & 0x7FFF) << 13) * 2f32.powi(112)).to_bits();
+        let special = (bits & 0x7FFF) << 13 | 0x7F80_0000;
+        let magnitude = if bits & 0x7C00 == 0x7C00 { special } else { finite };
+        *o = T::narrow(f64::from(f32::from_bits(magnitude | (bits & 0x8000) << 16)));
+    }
+}
+
+at_each_level! {
+    /// `out = values`, which are float16 already.
+    fn narrow_f16<T>(values: &[T], out: &mut [f16]) = narrow_f16_body
+}
+
+#[inline(always)]
+fn narrow_f16_body<T: Scalar, const FMA: bool>(values: &[T], out: &mut [f16]) {
+    for (o, v) in out.iter_mut().zip(values) {
+        let bits = (v.wide() as f32).to_bits();
+        let magnitude = bits & 0x7FFF_FFFF;
+        // The inverse of widening: the exponent 112 smaller, which makes what is below 2^-14 subnormal.
+        let finite = (f32::from_bits(magnitude) * 2f32.powi(-112)).to_bits() >> 13;
+        let special = 0x7C00 | (magnitude >> 13 & 0x3FF);
+        let magnitude = if magnitude >= 0x7F80_0000 { special } else { finite };
+        *o = f16::from_bits((magnitude | bits >> 16 & 0x8000) as u16);
+    }
+}
+
+at_each_level! {
     /// `out = r(value)`, or `out = r(out + r(value))` if `add`.
     fn write<T>(out: &mut [T], values: &[T], add: bool, dtype: Dtype) = write_any
 }
@@ -383,9 +442,15 @@ at_each_level! {
 
 #[inline(always)]
 fn all_finite_body<T: Scalar, const FMA: bool>(v: &[T]) -> bool {
-    // In pieces, so that the loop has no exit and is vectorised, but ends early.
+    // In pieces, so that the loop inside has no exit and is vectorised, but ends early. (No iterator's `all`: a closure that
+    // is not inlined is compiled without the level's instructions.)
     let zero = T::zero();
-    v.chunks(1 << 12).all(|v| fold::<T>(v, v, #[inline(always)] |acc, v, _| fma::<T, FMA>(v, zero, acc)) == zero)
+    for v in v.chunks(1 << 12) {
+        if fold::<T>(v, v, #[inline(always)] |acc, v, _| fma::<T, FMA>(v, zero, acc)) != zero {
+            return false;
+        }
+    }
+    true
 }
 
 at_each_level! {
@@ -513,6 +578,28 @@ impl<T: Scalar> Side<'_, T> {
         rows.is_empty()
             || terms.is_empty()
             || (rows.end - 1) * self.row_stride + (terms.end - 1) * self.term_stride < self.source.len()
+    }
+}
+
+impl<T: Scalar> Source<'_, T> {
+    /// Asks for these elements to be brought into the cache; nothing where the processor is not known to be helped by it.
+    pub(super) fn prefetch(&self, range: std::ops::Range<usize>) {
+        fn lines<E>(v: &[E], range: std::ops::Range<usize>) {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(v) = v.get(range) {
+                for at in v.iter().step_by(64 / size_of::<E>()) {
+                    // SAFETY: a prefetch changes nothing, and SSE is part of x86-64.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *at).cast()) }
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = (v, range);
+        }
+        match self {
+            Source::Full(v) => lines(v, range),
+            Source::F16(v) => lines(v, range),
+            Source::BF16(v) => lines(v, range),
+        }
     }
 }
 
@@ -1191,11 +1278,21 @@ mod avx512 {
         for (g, group) in out.chunks_exact_mut(LANES * len).enumerate() {
             for at in (0..len).step_by(16) {
                 let mut r = [_mm512_setzero_ps(); 16];
-                for (s, r) in r.iter_mut().enumerate() {
-                    let start = (g * LANES + s) * len + at;
-                    let n = (len - at).min(row.len().saturating_sub(start));
-                    // SAFETY: masked to the row.
-                    *r = unsafe { _mm512_maskz_loadu_ps(first(n), row.as_ptr().wrapping_add(start)) };
+                let begin = g * LANES * len + at;
+                if len - at >= 16 && begin + 15 * len + 16 <= row.len() {
+                    for s in 0..16 {
+                        // SAFETY: 16 elements from here on lie in the row, as just compared.
+                        r[s] = unsafe { _mm512_loadu_ps(row.as_ptr().add(begin + s * len)) };
+                        // What lies behind is mostly the next row to be laid out.
+                        prefetch(row.as_ptr().wrapping_add(begin + s * len + row.len()));
+                    }
+                } else {
+                    for s in 0..16 {
+                        let start = begin + s * len;
+                        let n = (len - at).min(row.len().saturating_sub(start));
+                        // SAFETY: masked to the row.
+                        r[s] = unsafe { _mm512_maskz_loadu_ps(first(n), row.as_ptr().wrapping_add(start)) };
+                    }
                 }
                 for (t, r) in transpose(r).into_iter().enumerate().take(len - at) {
                     // SAFETY: (at + t) < len, 16 elements each.
@@ -1332,6 +1429,28 @@ mod tests {
             assert!((f64::from(squares) - s).abs() <= 1e-4 * s && (f64::from(errors) - e).abs() <= 1e-4 * e);
         }
         println!("products of pairs tested: {}", level.name());
+    }
+
+    #[test]
+    fn half_precision_is_widened_and_narrowed_exactly_at_every_level() {
+        let b: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        let f: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for &level in Level::available() {
+            let (mut wide, mut bs, mut fs) = (vec![0f32; 1 << 16], vec![bf16::ZERO; 1 << 16], vec![f16::ZERO; 1 << 16]);
+            widen_bf16(level, &b, &mut wide);
+            narrow_bf16(level, &wide, &mut bs);
+            for i in 0..b.len() {
+                assert!(wide[i] == b[i].to_f32() || b[i].is_nan() && wide[i].is_nan(), "{} {i}", level.name());
+                assert!(bs[i] == b[i] || b[i].is_nan() && bs[i].is_nan(), "{} {i}", level.name());
+            }
+            widen_f16(level, &f, &mut wide);
+            narrow_f16(level, &wide, &mut fs);
+            for i in 0..f.len() {
+                assert!(wide[i] == f[i].to_f32() || f[i].is_nan() && wide[i].is_nan(), "{} {i}", level.name());
+                assert!(fs[i] == f[i] || f[i].is_nan() && fs[i].is_nan(), "{} {i}", level.name());
+            }
+            println!("half precision tested: {}", level.name());
+        }
     }
 
     #[test]

@@ -183,8 +183,8 @@ impl<T: Scalar> Matrix<T> {
     pub(super) fn part<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<T>) -> &'a [T] {
         match &self.store {
             Store::Full(v) => &v[range],
-            Store::F16(v) => unpack(&v[range], scratch, |e| e.to_f32()),
-            Store::BF16(v) => unpack(&v[range], scratch, |e| e.to_f32()),
+            Store::F16(v) => unpack(&v[range], scratch, kernels::widen_f16),
+            Store::BF16(v) => unpack(&v[range], scratch, kernels::widen_bf16),
             Store::Pending(_) => panic!("a gradient by its factors is read through rows()"),
         }
     }
@@ -194,8 +194,8 @@ impl<T: Scalar> Matrix<T> {
         let range = at..at + out.len();
         match &self.store {
             Store::Full(v) => out.copy_from_slice(&v[range]),
-            Store::F16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, e)| *o = T::narrow(e.to_f64())),
-            Store::BF16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, e)| *o = T::narrow(f64::from(e.to_f32()))),
+            Store::F16(v) => kernels::widen_f16(Level::best(), &v[range], out),
+            Store::BF16(v) => kernels::widen_bf16(Level::best(), &v[range], out),
             Store::Pending(pending) => {
                 let (mut row, mut done) = (vec![T::zero(); self.cols], 0);
                 while done < out.len() {
@@ -279,22 +279,22 @@ impl<T: Scalar> Piece<'_, T> {
         match self {
             Piece::Full(v) => f(&mut v[range]),
             Piece::F16(v) => {
-                unpack(&v[range.clone()], scratch, |e| e.to_f32());
+                unpack(&v[range.clone()], scratch, kernels::widen_f16);
                 f(scratch);
-                v[range].iter_mut().zip(scratch).for_each(|(o, e)| *o = f16::from_f32(e.wide() as f32));
+                kernels::narrow_f16(Level::best(), scratch, &mut v[range]);
             }
             Piece::BF16(v) => {
-                unpack(&v[range.clone()], scratch, |e| e.to_f32());
+                unpack(&v[range.clone()], scratch, kernels::widen_bf16);
                 f(scratch);
-                v[range].iter_mut().zip(scratch).for_each(|(o, e)| *o = bf16::from_f32(e.wide() as f32));
+                kernels::narrow_bf16(Level::best(), scratch, &mut v[range]);
             }
         }
     }
 }
 
-fn unpack<'a, T: Scalar, E: Copy>(packed: &[E], scratch: &'a mut Vec<T>, f: impl Fn(E) -> f32) -> &'a [T] {
-    scratch.clear();
-    scratch.extend(packed.iter().map(|&e| T::narrow(f64::from(f(e)))));
+fn unpack<'a, T: Scalar, E>(packed: &[E], scratch: &'a mut Vec<T>, widen: fn(Level, &[E], &mut [T])) -> &'a mut [T] {
+    scratch.resize(packed.len(), T::zero());
+    widen(Level::best(), packed, scratch);
     scratch
 }
 

