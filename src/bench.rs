@@ -4,13 +4,15 @@
 //! are nearly normal, and all latents share one bias, chosen so that exactly `l0 · batch` latents of the batch are on.
 //! A result is checked against float64 loops on a sample of its elements before its time is reported.
 
-use crate::autodiff::{Parameters, Tape};
-use crate::backend::{AdamStep, Backend, Scalar};
+use crate::autodiff::Parameters;
+use crate::backend::{Backend, Scalar};
+use crate::checkpoint;
 use crate::config::Config;
 use crate::crosscoder::CrossCoder;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Tensor, Values};
+use crate::trainer::Trainer;
 use ndarray::ArrayView3;
 use std::time::Instant;
 
@@ -50,7 +52,7 @@ pub struct Row {
     pub dtype: Dtype,
     /// What it was measured at; `batch` is the operation's own.
     pub case: Case,
-    /// `encode`, `decode`, `get_losses`, `step` or `init`.
+    /// One of [`OPS`].
     pub op: &'static str,
     /// The shortest of several runs.
     pub seconds: f64,
@@ -59,7 +61,7 @@ pub struct Row {
     /// Floating-point operations of the dense formulas, whether they were carried out or not.
     pub flop: f64,
     /// A number of the result, to compare programs by: the mean of the activations or of the reconstruction's squares, the
-    /// l2 loss, the loss before the step, the sum of the squares of the weights.
+    /// l2 loss, the loss before the first step; 0 where there is none.
     pub value: f64,
 }
 
@@ -115,6 +117,7 @@ fn crosscoder<B: Backend>(backend: B, case: Case, x: &[B::Scalar]) -> Result<Cro
     cfg.set("dict_size", h);
     cfg.set("batch_size", batch);
     cfg.set("enc_dtype", dtype.enc_name().unwrap_or_default());
+    cfg.set("dec_init_norm", 0.08);
     let scale = 0.08 / (d_in as f32).sqrt();
     let w: Vec<f32> = (0..h * width).map(|i| nearly_normal(i, 2) * scale).collect();
     let values = |v: Vec<f32>| Values::F32(v).cast(dtype);
@@ -130,40 +133,57 @@ fn crosscoder<B: Backend>(backend: B, case: Case, x: &[B::Scalar]) -> Result<Cro
     let mut pre = vec![B::Scalar::default(); batch * h];
     make(backend.clone(), 0.0)?.encode_into(x, false, &mut pre)?;
     let mut pre: Vec<f32> = pre.iter().map(|v| v.wide() as f32).collect();
-    let (above, below, _) = pre.select_nth_unstable_by(l0 * batch - 1, |a, b| b.total_cmp(a));
-    let _ = above;
-    let bias = -*below;
+    // The largest that is off, of all in descending order, becomes 0.
+    let (_, largest_off, _) = pre.select_nth_unstable_by(l0 * batch, |a, b| b.total_cmp(a));
+    let bias = -*largest_off;
     drop(pre);
     make(backend, bias)
 }
 
+/// The operations of [`run`], in its order. `init`, `save` and `load` do not depend on batch and l0; `step` is left out in
+/// float16, where the original's first step makes every parameter nan.
+pub const OPS: [&str; 7] = ["init", "encode", "decode", "get_losses", "save", "load", "step"];
+
 /// Measures everything at one case, or the one operation `only`, handing each row to `sink`.
 ///
 /// # Errors
-/// A result that its check refuses, and errors of the device.
+/// A result that its check refuses; errors of the device; no room for a checkpoint among the system's temporary files.
 pub fn run<B: Backend>(
     backend: B,
     name: &str,
     case: Case,
     only: Option<&str>,
-    sink: &mut dyn FnMut(Row),
+    sink: &mut dyn FnMut(Row) -> Result<()>,
 ) -> Result<()> {
+    let Case { d_in, dict_size, batch, l0 } = case;
+    if d_in == 0 || l0 == 0 || batch == 0 || l0 >= dict_size {
+        return Err(Error::usage(format!("{case:?}: no size may be 0, and l0 is below dict_size")));
+    }
     let wanted = |op| only.is_none_or(|only| only == op);
+    let float16 = backend.dtype() == Dtype::F16;
     let x: Vec<B::Scalar> = activations(case).into_iter().map(|v| B::Scalar::narrow(f64::from(v))).collect();
-    let mut bench = Bench { crosscoder: crosscoder(backend, case, &x)?, x, name, case };
-    for batch in [1, case.batch] {
+    let bench = Bench { crosscoder: crosscoder(backend, case, &x)?, x, name, case };
+    if wanted("init") {
+        sink(bench.init()?)?;
+    }
+    for batch in [1, batch] {
         if wanted("encode") {
-            sink(bench.encode(batch)?);
+            sink(bench.encode(batch)?)?;
         }
         if wanted("decode") {
-            sink(bench.decode(batch)?);
+            sink(bench.decode(batch)?)?;
         }
     }
     if wanted("get_losses") {
-        sink(bench.get_losses()?);
+        sink(bench.get_losses()?)?;
     }
-    if wanted("step") {
-        sink(bench.step()?);
+    if wanted("save") || wanted("load") {
+        for row in bench.save_and_load()?.into_iter().filter(|row| wanted(row.op)) {
+            sink(row)?;
+        }
+    }
+    if wanted("step") && !float16 {
+        sink(bench.step()?)?;
     }
     Ok(())
 }
@@ -207,6 +227,12 @@ impl<B: Backend> Bench<'_, B> {
         }
     }
 
+    /// How far two roundings to the dtype may move `v`.
+    fn roundings(&self, v: f64) -> f64 {
+        let subnormal = if self.crosscoder.dtype() == Dtype::F16 { 2f64.powi(-24) } else { 0.0 };
+        2.0 * self.crosscoder.dtype().unit_roundoff() * v.abs() + subnormal
+    }
+
     /// Bytes of one weight in the dtype, and of a batch of rows of `width` host numbers.
     fn bytes(&self, weights: f64, batch: usize, rows: usize) -> f64 {
         let weight = self.case.dict_size * self.width() * self.crosscoder.dtype().size_bytes();
@@ -231,10 +257,10 @@ impl<B: Backend> Bench<'_, B> {
         let p = &self.crosscoder.params;
         let w = self.download(&p.w_enc, h * self.width(), self.width())?;
         let bias = self.download(&p.b_enc, h, 1)?[0];
-        let (x, u) = (self.x_row(b), self.crosscoder.dtype().unit_roundoff());
+        let x = self.x_row(b);
         let dot: f64 = x.iter().zip(&w).map(|(x, w)| x * w).sum();
         let size: f64 = x.iter().zip(&w).map(|(x, w)| (x * w).abs()).sum();
-        Ok((dot + bias, 2.0 * u * (dot.abs() + bias.abs()) + 1e-6 * size))
+        Ok((dot + bias, self.roundings(dot) + self.roundings(bias) + 1e-6 * size))
     }
 
     fn encode(&self, batch: usize) -> Result<Row> {
@@ -256,7 +282,6 @@ impl<B: Backend> Bench<'_, B> {
         self.crosscoder.encode_into(&self.x[..batch * width], true, &mut acts)?;
         let mut rec = vec![B::Scalar::default(); batch * width];
         let seconds = time(|| self.crosscoder.decode_into(&acts, &mut rec))?;
-        let u = self.crosscoder.dtype().unit_roundoff();
         for i in sample(batch * width).into_iter().take(8) {
             let (b, k) = (i / width, i % width);
             let (mut exact, mut size) = (0.0, 0.0);
@@ -265,7 +290,7 @@ impl<B: Backend> Bench<'_, B> {
                 exact += term;
                 size += term.abs();
             }
-            check("decode", i, rec[i].wide(), exact, 2.0 * u * exact.abs() + 1e-6 * size)?;
+            check("decode", i, rec[i].wide(), exact, self.roundings(exact) + 1e-6 * size)?;
         }
         let value = rec.iter().map(|v| v.wide().powi(2)).sum::<f64>() / rec.len() as f64;
         Ok(self.row("decode", batch, seconds, self.bytes(1.0, batch, width + h), 1.0, value))
@@ -295,65 +320,101 @@ impl<B: Backend> Bench<'_, B> {
         Ok(self.row("get_losses", batch, seconds, bytes, 2.0, losses.l2_loss))
     }
 
-    /// Losses, gradients, norm, Adam: what the trainer does each step.
-    fn step(&mut self) -> Result<Row> {
-        let (batch, width) = (self.case.batch, self.width());
-        let be = self.crosscoder.backend.clone();
-        let zeros = |m: &B::Matrix| -> Result<B::Matrix> {
-            use crate::backend::Shaped;
-            let (rows, cols) = m.shape();
-            be.upload(rows, cols, B::Scalar::wrap(vec![B::Scalar::default(); rows * cols]))
-        };
-        let moments = |p: &Parameters<B::Matrix>| -> Result<Parameters<B::Matrix>> {
-            let [a, b, c, d] = p.each();
-            Ok(Parameters::from_each([zeros(a)?, zeros(b)?, zeros(c)?, zeros(d)?]))
-        };
-        let (mut m, mut v) = (moments(&self.crosscoder.params)?, moments(&self.crosscoder.params)?);
-        let mut tape = Tape::new(be.clone());
-        let mut grads = Parameters::default();
-        let n = B::Scalar::narrow;
-        let (mut first_loss, mut steps) = (None, 0);
-        let mut seconds = f64::MAX;
-        let mut phases = [f64::MAX; 3];
-        // A rate so small that the latents that are on stay the same.
-        let lr = 1e-9;
-        while steps < std::env::var("STEPS").map_or(4, |v| v.parse().unwrap()) {
-            let start = Clock::now();
-            let losses = self.crosscoder.losses_on(&mut tape, &self.x)?;
-            let forward = start.elapsed().as_secs_f64();
-            let loss = tape.add_scaled(losses.l2, 2.0, losses.l1)?;
-            tape.backward(loss, &self.crosscoder.params, &mut grads)?;
-            let backward = start.elapsed().as_secs_f64();
-            let mut total = 0.0;
-            for g in grads.each() {
-                total += be.norm(g)?.wide().powi(2);
+    /// The weights of a seed, as the original makes them.
+    fn init(&self) -> Result<Row> {
+        let make = || CrossCoder::new_on(self.crosscoder.backend.clone(), self.crosscoder.cfg.clone());
+        let seconds = time(|| make().map(drop))?;
+        let (made, d_in) = (make()?, self.case.d_in);
+        for part in sample(2 * self.case.dict_size) {
+            let w = self.download(&made.params.w_dec, part * d_in, d_in)?;
+            let error = 4.0 * made.dtype().unit_roundoff();
+            check("init: norm", part, w.iter().map(|w| w * w).sum::<f64>().sqrt() / 0.08, 1.0, error)?;
+            if self.download(&made.params.w_enc, part * d_in, d_in)? != w {
+                return Err(Error::format(format!("init: W_enc is not W_dec at {part}")));
             }
-            let beta = (0.9f64.powi(steps + 1), 0.999f64.powi(steps + 1));
-            let step = AdamStep {
-                clip: be.round(n((1.0 / (total.sqrt() + 1e-6)).min(1.0))),
-                one_minus_beta1: n(0.1),
-                beta2: n(0.999),
-                one_minus_beta2: n(0.001),
-                step_size: n(lr / (1.0 - beta.0)),
-                bias_correction2_sqrt: n((1.0 - beta.1).sqrt()),
-                eps: if be.dtype() == Dtype::F16 { n(1e-4) } else { n(1e-8) },
-            };
-            let parts = self.crosscoder.params.each_mut().into_iter().zip(grads.each());
-            for (((p, g), m), v) in parts.zip(m.each_mut()).zip(v.each_mut()) {
-                be.adam(p, g, m, v, &step)?;
-            }
-            let whole = start.elapsed().as_secs_f64();
-            first_loss.get_or_insert(tape.scalar(loss).wide());
-            if steps > 0 && whole < seconds {
-                seconds = whole;
-                phases = [forward, backward - forward, whole - backward];
-            }
-            steps += 1;
         }
-        if std::env::var_os("PHASES").is_some() { eprintln!("forward {:.3} backward {:.3} adam {:.3}", phases[0], phases[1], phases[2]); }
-        let _ = width;
-        let bytes = self.bytes(10.0, batch, 4 * self.width());
-        Ok(self.row("step", batch, seconds, bytes, 5.0, first_loss.unwrap_or_default()))
+        Ok(self.row("init", 1, seconds, self.bytes(2.0, 0, 0), 0.0, 0.0))
+    }
+
+    /// A checkpoint among the temporary files, which the system may keep in memory: what is timed is the work, not the disk.
+    fn save_and_load(&self) -> Result<[Row; 2]> {
+        let dir = std::env::temp_dir().join(format!("crosscoder-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io("cannot make a folder", e).in_file(&dir))?;
+        let files = checkpoint::numbered(&dir, 0);
+        let work = || -> Result<[f64; 2]> {
+            let save = time(|| self.crosscoder.save(&files))?;
+            let mut loaded = None;
+            let load = time(|| {
+                loaded = None; // Freed first, as a program's second load would not be.
+                loaded = Some(CrossCoder::load_files(self.crosscoder.backend.clone(), &files)?);
+                Ok(())
+            })?;
+            let loaded = loaded.expect("timed at least once");
+            for at in sample(self.case.dict_size * self.width()) {
+                let [ours, theirs] = [&loaded.params, &self.crosscoder.params].map(|p| self.download(&p.w_enc, at, 1));
+                check("load", at, ours?[0], theirs?[0], 0.0)?;
+            }
+            Ok([save, load])
+        };
+        let result = work();
+        let _ = std::fs::remove_dir_all(&dir);
+        let [save, load] = result?;
+        let row = |op, seconds| self.row(op, 1, seconds, self.bytes(2.0, 0, 0), 0.0, 0.0);
+        Ok([row("save", save), row("load", load)])
+    }
+
+    /// A step of the trainer: losses, gradients, their norm, Adam. Its rate is so small that the latents that are on stay the
+    /// same; the value is `l2 + 2 · l1` before the first step.
+    fn step(self) -> Result<Row> {
+        let (batch, h, width) = (self.case.batch, self.case.dict_size, self.width());
+        let Bench { mut crosscoder, x, name, case } = self;
+        for (key, value) in [("lr", 1e-9), ("l1_coeff", 2.0)] {
+            crosscoder.cfg_mut().set(key, value);
+        }
+        // Step 0 has the l1 coefficient 0, those up to 0.8 · 1000 are alike.
+        crosscoder.cfg_mut().set("num_tokens", 1000 * batch);
+        let mut trainer = Trainer::new(crosscoder)?;
+        let mut value = None;
+        let seconds = time(|| {
+            let row = trainer.step(&x)?;
+            value.get_or_insert(row.l2_loss + 2.0 * row.l1_loss);
+            Ok(())
+        })?;
+        // The gradients as they are now against loops over latents and reconstruction, which have checks of their own.
+        trainer.backward(&x)?;
+        let l1_coeff = trainer.schedule().l1_coeff(trainer.step_counter());
+        let grads = std::mem::take(&mut trainer.grads);
+        let bench = Bench { crosscoder: trainer.into_crosscoder(), x, name, case };
+        let mut acts = vec![B::Scalar::default(); batch * h];
+        bench.crosscoder.encode_into(&bench.x, true, &mut acts)?;
+        let mut rec = vec![B::Scalar::default(); batch * width];
+        bench.crosscoder.decode_into(&acts, &mut rec)?;
+        let x: Vec<Vec<f64>> = (0..batch).map(|b| bench.x_row(b)).collect();
+        let d_rec = |b: usize, k: usize| 2.0 * (rec[b * width + k].wide() - x[b][k]) / batch as f64;
+        let u = bench.crosscoder.dtype().unit_roundoff();
+        for at in sample(h * width).into_iter().take(6) {
+            let (h_, k) = (at / width, at % width);
+            let w = bench.download(&bench.crosscoder.params.w_dec, h_ * width, width)?;
+            let norms: Vec<f64> = w.chunks(case.d_in).map(|w| w.iter().map(|w| w * w).sum::<f64>().sqrt()).collect();
+            let (t, g) = (norms.iter().sum::<f64>(), l1_coeff / batch as f64);
+            let on = (0..batch).map(|b| (b, acts[b * h + h_].wide())).filter(|(_, a)| *a > 0.0);
+            let (mut d_dec, mut d_enc, mut size_dec, mut size_enc) = (0.0, 0.0, 0.0, 0.0);
+            for (b, a) in on {
+                let by_norm = g * a * w[k] / norms[k / case.d_in];
+                d_dec += a * d_rec(b, k) + by_norm;
+                size_dec += (a * d_rec(b, k)).abs() + by_norm.abs();
+                let terms = (0..width).map(|k| d_rec(b, k) * w[k]);
+                let (sum, size) = terms.fold((g * t, g * t), |(sum, size), v| (sum + v, size + v.abs()));
+                d_enc += sum * x[b][k];
+                size_enc += size * x[b][k].abs();
+            }
+            let ours = |m| bench.download(m, at, 1).map(|v| v[0]);
+            check("step: d_W_dec", at, ours(&grads.w_dec)?, d_dec, (8.0 * u + 2e-5) * size_dec)?;
+            check("step: d_W_enc", at, ours(&grads.w_enc)?, d_enc, (8.0 * u + 2e-5) * size_enc)?;
+        }
+        // Weights are read three times and written once, of two moments each is read and written.
+        let bytes = bench.bytes(16.0, batch, 4 * width);
+        Ok(bench.row("step", batch, seconds, bytes, 5.0, value.unwrap_or_default()))
     }
 }
 
@@ -361,10 +422,6 @@ impl<B: Backend> Bench<'_, B> {
 fn sample(n: usize) -> Vec<usize> {
     (0..20usize).map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) % n.max(1)).collect()
 }
-
-struct Clock(Instant, f64);
-fn cpu() -> f64 { let s = std::fs::read_to_string("/proc/self/stat").unwrap(); let f: Vec<&str> = s.split(' ').collect(); (f[13].parse::<f64>().unwrap() + f[14].parse::<f64>().unwrap()) / 100.0 }
-impl Clock { fn now() -> Self { Clock(Instant::now(), cpu()) } fn elapsed(&self) -> std::time::Duration { if std::env::var_os("CPU").is_some() { std::time::Duration::from_secs_f64((cpu() - self.1) / 2.0) } else { self.0.elapsed() } } }
 
 fn check(what: &str, at: usize, ours: f64, exact: f64, error: f64) -> Result<()> {
     if (ours - exact).abs() <= error {

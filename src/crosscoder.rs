@@ -174,15 +174,15 @@ impl<B: Backend> CrossCoder<B> {
         let batch = self.batch_of("x", x.len(), self.n_models * self.d_in)?;
         self.check_len("out", out.len(), batch, self.d_hidden)?;
         let x = self.upload_x(batch, x)?;
-        let mut dense = B::Matrix::default();
         if apply_relu {
             let mut acts = B::Latents::default();
             self.backend.encode(&x, &self.params.w_enc, &self.params.b_enc, &mut acts)?;
-            self.backend.to_dense(&acts, &mut dense)?;
+            self.backend.download_latents(&acts, out)
         } else {
+            let mut dense = B::Matrix::default();
             self.backend.linear(&x, &self.params.w_enc, &self.params.b_enc, &mut dense)?;
+            self.backend.download(&dense, 0, out)
         }
-        self.backend.download(&dense, 0, out)
     }
 
     /// The reconstruction `r(r(acts · W_dec) + b_dec)`. acts [batch, d_hidden], cast to the dtype → [batch, n_models, d_in].

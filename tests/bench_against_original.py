@@ -82,8 +82,7 @@ def original(args):
         del w
         x = x.to(crosscoder.dtype)
         pre = crosscoder.encode(x, apply_relu=False).float().flatten()
-        k = pre.numel() - l0 * batch
-        crosscoder.b_enc.fill_(-pre.kthvalue(k).values if k else 0.0)
+        crosscoder.b_enc.fill_(-pre.kthvalue(pre.numel() - l0 * batch).values)
         del pre
 
     def row(op, batch, f, value, runs=20):

@@ -173,6 +173,13 @@ pub trait Backend: Clone + Send + Sync {
         Ok(out)
     }
 
+    /// Copies latents to the host, dense, row-major [batch, d_hidden].
+    fn download_latents(&self, latents: &Self::Latents, out: &mut [Self::Scalar]) -> Result<()> {
+        let mut dense = Self::Matrix::default();
+        self.to_dense(latents, &mut dense)?;
+        self.download(&dense, 0, out)
+    }
+
     /// `out = r(r(acts · w) + b)`. acts [batch, d_hidden], w [d_hidden, width], b [1, width] → [batch, width].
     fn decode(&self, acts: &Self::Latents, w: &Self::Matrix, b: &Self::Matrix, out: &mut Self::Matrix) -> Result<()>;
 

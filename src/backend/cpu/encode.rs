@@ -19,7 +19,7 @@
 //! The latent `relu(s + b)` is zero if `e + b + bound < 0`.
 
 use super::kernels::{self, segment_groups, segment_len};
-use super::matrix::{Found, Latents, Matrix};
+use super::matrix::{Found, Latents, Matrix, not_zero};
 use super::product::{BLOCK_ROWS, PAIR_SEGMENT, Packed, Resident};
 use super::threads::{for_each, for_rows, pieces};
 use super::{Cpu, view_mut};
@@ -75,7 +75,6 @@ struct Screen<T> {
 /// Working memory of a thread.
 struct State<T> {
     tile: super::buffers::Buffer<T>,
-    candidates: Vec<(u32, u32)>,
     unscreened: usize,
 }
 
@@ -183,11 +182,11 @@ impl<T: Scalar> Cpu<T> {
 
     /// One block of latents, `h`.
     fn encode_block(&self, rows: &Rows<'_, T>, state: &mut State<T>, h: Range<usize>, found: &mut Found<T>) {
-        let State { tile, candidates, unscreened } = state;
+        let State { tile, unscreened } = state;
         let tile = &mut tile[..rows.range.len() * h.len()];
         let screened = match &rows.screen {
             Some(screen) if *unscreened == 0 => {
-                let screened = self.screen_block(rows, screen, h.clone(), tile, candidates);
+                let screened = self.screen_block(rows, screen, h.clone(), tile, &mut found.candidates);
                 *unscreened = if screened { 0 } else { UNSCREENED_BLOCKS };
                 screened
             }
@@ -207,15 +206,10 @@ impl<T: Scalar> Cpu<T> {
                 kernels::finish(self.level(), row, &rows.bias[h.clone()], true, self.dtype);
             }
             let before = found.values.len();
-            for (i, piece) in row.chunks(16).enumerate() {
-                // One comparison of a vector for what is mostly zero. nan is not zero.
-                if piece.iter().fold(false, |any, &v| any | (v != T::zero())) {
-                    for (j, &v) in piece.iter().enumerate().filter(|(_, v)| **v != T::zero()) {
-                        found.columns.push((h.start + 16 * i + j) as u32);
-                        found.values.push(v);
-                    }
-                }
-            }
+            not_zero(row, |j, v| {
+                found.columns.push((h.start + j) as u32);
+                found.values.push(v);
+            });
             found.counts.push((found.values.len() - before) as u32);
         }
     }
@@ -328,7 +322,7 @@ impl<T: Scalar> Cpu<T> {
     }
 
     fn state(&self, rows: &Rows<'_, T>, block: usize) -> State<T> {
-        State { tile: self.shop.full.take(rows.range.len() * block), candidates: Vec::new(), unscreened: 0 }
+        State { tile: self.shop.full.take(rows.range.len() * block), unscreened: 0 }
     }
 }
 

@@ -298,6 +298,18 @@ fn unpack<'a, T: Scalar, E>(packed: &[E], scratch: &'a mut Vec<T>, widen: fn(Lev
     scratch
 }
 
+/// Calls `f(i, value)` for each value that is not zero; nan is not. Made for values that are mostly zero: whole vectors of
+/// zeros cost one comparison.
+pub(super) fn not_zero<T: Scalar>(values: &[T], mut f: impl FnMut(usize, T)) {
+    for (i, piece) in values.chunks(16).enumerate() {
+        if piece.iter().fold(false, |any, &v| any | (v != T::zero())) {
+            for (j, &v) in piece.iter().enumerate().filter(|(_, v)| **v != T::zero()) {
+                f(16 * i + j, v);
+            }
+        }
+    }
+}
+
 /// Latents [rows, cols], or a gradient on the support of latents.
 #[derive(Clone, Debug, Default)]
 pub struct Latents<T> {
@@ -325,6 +337,8 @@ pub(super) struct Found<T> {
     pub(super) counts: Vec<u32>,
     pub(super) columns: Vec<u32>,
     pub(super) values: Vec<T>,
+    /// What screening leaves to be computed: column in the block, row.
+    pub(super) candidates: Vec<(u32, u32)>,
 }
 
 /// Entries by column: those of column `h` are `starts[h]..starts[h + 1]`, their rows ascending.
@@ -386,12 +400,10 @@ impl<T: Scalar> Latents<T> {
     pub(super) fn set_sparse(&mut self, rows: usize, cols: usize, dense: &[T]) {
         self.begin_sparse(cols);
         for row in 0..rows {
-            for (h, &v) in dense[row * cols..(row + 1) * cols].iter().enumerate() {
-                if v != T::zero() {
-                    self.columns.push(h as u32);
-                    self.values.push(v);
-                }
-            }
+            not_zero(&dense[row * cols..(row + 1) * cols], |h, v| {
+                self.columns.push(h as u32);
+                self.values.push(v);
+            });
             self.end_row();
         }
         self.end_sparse();

@@ -77,6 +77,17 @@ impl<T: Scalar> Cpu<T> {
         Cpu { threads: threads.max(1), ..self }
     }
 
+    /// The vector instructions in use: `portable`, `avx2+fma`, `avx512` or `avx512+bf16`.
+    pub fn instructions(&self) -> &'static str {
+        self.shop.level.name()
+    }
+
+    #[cfg(test)]
+    fn with_level(mut self, level: Level) -> Self {
+        self.shop.level = level;
+        self
+    }
+
     fn r(&self, v: T) -> T {
         v.rounded_to(self.dtype)
     }
@@ -186,28 +197,31 @@ impl<T: Scalar> Cpu<T> {
     /// Whether the support alone may stand for dense latents; see [`crate::sparse`].
     fn hold_sparse(&self, rows: usize, cols: usize, dense: &[T]) -> bool {
         let limit = self.sparse_limit(rows, cols);
-        self.path != Path::Dense && dense.iter().filter(|&&v| v != T::zero()).count() <= limit
+        let active = |dense: &[T]| dense.iter().map(|&v| u32::from(v != T::zero())).sum::<u32>() as usize;
+        self.path != Path::Dense && dense.chunks(1 << 16).map(active).sum::<usize>() <= limit
     }
 
-    /// `latentsᵀ · y` where the support may stand for the latents: calls `finish(h, product)` for each row, unrounded.
+    /// `latentsᵀ · y` where the support may stand for the latents, unrounded: calls `finish(out, i, product, scratch)` for row i
+    /// of each [`ROWS`] rows, to which belongs one item of `out`.
     fn weight_grad_sparse<P: Send>(
         &self,
         latents: &Latents<T>,
         y: &Matrix<T>,
         out: impl Iterator<Item = P> + Send,
-        finish: impl Fn(&mut P, Range<usize>, usize, &mut [T]) + Sync,
+        finish: impl Fn(&mut P, usize, &mut [T], &mut Vec<T>) + Sync,
     ) {
         let (rows, cols) = (latents.cols, y.cols);
         let by = &latents.by_column;
         let mut factors = self.shop.full.take(by.at.len());
         factors.iter_mut().zip(&by.at).for_each(|(f, &at)| *f = latents.values[at as usize]);
         let blocks = pieces(0..rows, ROWS).zip(out);
-        for_each(self.threads_for(rows * cols), blocks, || self.shop.full.take(cols), |product, (range, mut out)| {
-            for h in range.clone() {
+        let state = || (self.shop.full.take(cols), Vec::new());
+        for_each(self.threads_for(rows * cols), blocks, state, |(product, scratch), (range, mut out)| {
+            for (i, h) in range.enumerate() {
                 let entries = by.starts[h]..by.starts[h + 1];
                 let (terms, factors) = (&by.rows[entries.clone()], &factors[entries]);
                 kernels::gather_rows(self.level(), product, y.full(), terms, factors);
-                finish(&mut out, range.clone(), h, product);
+                finish(&mut out, i, product, scratch);
             }
         });
     }
@@ -243,10 +257,11 @@ impl<T: Scalar> Cpu<T> {
         groups: usize,
         out: &mut [T],
         add: bool,
+        scratch: &mut Vec<T>,
     ) {
-        let (d, g, mut scratch) = (w.cols / groups, d_t.full()[h], Vec::new());
+        let (d, g) = (w.cols / groups, d_t.full()[h]);
         let norms = &norms.full()[h * groups..(h + 1) * groups];
-        let parts = w.rows(h..h + 1, &mut scratch).chunks_exact(d).zip(out.chunks_exact_mut(d));
+        let parts = w.rows(h..h + 1, scratch).chunks_exact(d).zip(out.chunks_exact_mut(d));
         for ((w, out), &norm) in parts.zip(norms) {
             kernels::unit_times(self.level(), w, norm, g, out, add, self.dtype);
         }
@@ -364,6 +379,20 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(Support { starts: of.starts.clone(), columns: of.columns.clone(), values: of.values.clone() })
     }
 
+    fn download_latents(&self, latents: &Latents<T>, out: &mut [T]) -> Result<()> {
+        if !latents.sparse {
+            out.copy_from_slice(&latents.values);
+            return Ok(());
+        }
+        for_rows(self.threads_for(out.len()), out, latents.cols, 1, |first, out| {
+            out.fill(T::zero());
+            for (b, out) in (first..).zip(out.chunks_exact_mut(latents.cols)) {
+                latents.entries(b).for_each(|(h, v)| out[h] = v);
+            }
+        });
+        Ok(())
+    }
+
     fn decode(&self, acts: &Latents<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
         assert_eq!(acts.cols, w.rows, "as many latents as the decoder has");
         let mut scratch = Vec::new();
@@ -460,8 +489,8 @@ impl<T: Scalar> Backend for Cpu<T> {
             Write::Add if sparse => {
                 assert_eq!(out.shape(), (rows, cols));
                 let out = out.full_mut(self.level()).chunks_mut((ROWS * cols).max(1));
-                self.weight_grad_sparse(latents, y, out, |out, range, h, product| {
-                    let out = &mut out[(h - range.start) * cols..][..cols];
+                self.weight_grad_sparse(latents, y, out, |out, i, product, _| {
+                    let out = &mut out[i * cols..][..cols];
                     kernels::write(self.level(), out, product, true, self.dtype);
                 });
             }
@@ -491,10 +520,11 @@ impl<T: Scalar> Backend for Cpu<T> {
         let (rows, cols, groups) = (w.rows, w.cols, norms.cols);
         let mut squares = self.shop.full.take(rows);
         let parts = out.overwrite(rows, cols).chunks_mut((ROWS * cols).max(1)).zip(squares.chunks_mut(ROWS));
-        self.weight_grad_sparse(acts, d_rec, parts, |(out, squares), range, h, product| {
-            let i = h - range.start;
+        let parts = parts.enumerate();
+        self.weight_grad_sparse(acts, d_rec, parts, |(part, (out, squares)), i, product, scratch| {
+            let h = *part * ROWS + i;
             let out = &mut out[i * cols..][..cols];
-            self.unit_rows(w, norms, d_t, h, groups, out, false);
+            self.unit_rows(w, norms, d_t, h, groups, out, false, scratch);
             kernels::write(self.level(), out, product, true, self.dtype);
             squares[i] = kernels::sum_of_squares(self.level(), out);
         });
@@ -645,8 +675,9 @@ impl<T: Scalar> Backend for Cpu<T> {
         let out = if add { out.full_mut(self.level()) } else { out.overwrite(w.rows, cols) };
         assert_eq!(out.len(), w.rows * cols);
         for_rows(self.threads_for(w.rows * cols), out, cols, 1, |h0, out| {
+            let mut scratch = Vec::new();
             for (i, out) in out.chunks_exact_mut(cols).enumerate() {
-                self.unit_rows(w, norms, d_t, h0 + i, groups, out, add);
+                self.unit_rows(w, norms, d_t, h0 + i, groups, out, add, &mut scratch);
             }
         });
         Ok(())
