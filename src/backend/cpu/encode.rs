@@ -230,7 +230,7 @@ impl<T: Scalar> Cpu<T> {
         screen.packed.times(&self.shop, &rows.w.rows_side(), h.clone(), tile);
         let mut thresholds = [T::zero(); BLOCK_ROWS];
         let (mut w_errors, mut w_norms) = (thresholds, thresholds);
-        let mut scratch = Vec::new();
+        let mut scratch = self.shop.scratch.take();
         for (j, h) in h.clone().enumerate() {
             let (squares, errors) = kernels::rounding_squares(self.level(), rows.w.rows(h..h + 1, &mut scratch));
             let (norm, error) = (norm_bound(squares, k), norm_bound(errors, k));
@@ -285,7 +285,7 @@ impl<T: Scalar> Cpu<T> {
             let packed = rows.packed.get_or_init(|| rows.pack(self, 1));
             return packed.times(&self.shop, &rows.w.rows_side(), h, tile);
         }
-        let mut scratch = Vec::new();
+        let mut scratch = self.shop.scratch.take();
         if pairs {
             for (j, h) in h.enumerate() {
                 let w = rows.w.rows(h..h + 1, &mut scratch);
@@ -377,5 +377,122 @@ impl<'a, T: Scalar> Rows<'a, T> {
             .collect();
         let largest = norms.iter().fold(0f32, |largest, n| largest.max(n[0]));
         Screen { packed, rows, norms, largest }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::backend::cpu::kernels::Level;
+    use crate::sparse::Path;
+    use crate::tensor::Values;
+
+    /// Numbers in [-1, 1) from a linear congruential generator.
+    fn numbers(n: usize, mut state: u64) -> Vec<f32> {
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    /// The bits of `encode` and how many there are, at this level and path.
+    fn encode(level: Level, path: Path, x: &[f32], w: &[f32], b: &[f32]) -> Vec<u32> {
+        let cpu = Cpu::<f32>::new(Dtype::F32).with_path(path).with_level(level).with_threads(2);
+        let (h, k) = (b.len(), w.len() / b.len());
+        let (mut xm, mut latents) = (Matrix::default(), Latents::default());
+        cpu.fill(x.len() / k, k, x, &mut xm).unwrap();
+        let wm = cpu.upload(h, k, Values::F32(w.to_vec())).unwrap();
+        let bm = cpu.upload(1, h, Values::F32(b.to_vec())).unwrap();
+        cpu.encode(&xm, &wm, &bm, &mut latents).unwrap();
+        let mut out = vec![0.0; x.len() / k * h];
+        cpu.download_latents(&latents, &mut out).unwrap();
+        // Which nan it is, and the sign of a zero, are nobody's.
+        out.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { (v + 0.0).to_bits() }).collect()
+    }
+
+    /// With screening, without it, dense: one result, to the bit.
+    fn assert_screening_changes_nothing(what: &str, x: &[f32], w: &[f32], b: &[f32]) {
+        let dense = encode(Level::best(), Path::Dense, x, w, b);
+        for &level in Level::available() {
+            let own = encode(level, Path::Dense, x, w, b);
+            assert_eq!(encode(level, Path::Sparse, x, w, b), own, "{what}: sparse, {}", level.name());
+            if level != Level::available()[0] {
+                assert_eq!(own, dense, "{what}: {} and {}", level.name(), Level::best().name());
+            }
+        }
+        if !Level::best().has_pairs() {
+            println!("NOT tested: screening; this processor has no AVX512-BF16");
+        }
+    }
+
+    const BATCH: usize = 77;
+    const HIDDEN: usize = 333;
+    const TERMS: usize = 601;
+
+    #[test]
+    fn screening_changes_no_bit() {
+        let (x, w) = (numbers(BATCH * TERMS, 1), numbers(HIDDEN * TERMS, 2));
+        // Pre-activations have a deviation of 8. None, few, half, all are on.
+        for bias in [-100.0, -20.0, -16.0, 0.0, 100.0] {
+            assert_screening_changes_nothing(&format!("bias {bias}"), &x, &w, &[bias; HIDDEN]);
+        }
+    }
+
+    #[test]
+    fn screening_changes_no_bit_next_to_zero() {
+        // Biases that put the pre-activation of one row in 77 exactly on zero or one place beside it, the others below: few
+        // enough to be screened, and what is on is so by the last bit.
+        let (x, w) = (numbers(BATCH * TERMS, 3), numbers(HIDDEN * TERMS, 4));
+        let pre = {
+            let cpu = Cpu::<f32>::new(Dtype::F32);
+            let mut m = Matrix::default();
+            cpu.fill(BATCH, TERMS, &x, &mut m).unwrap();
+            let wm = cpu.upload(HIDDEN, TERMS, Values::F32(w.clone())).unwrap();
+            let mut out = vec![0.0; BATCH * HIDDEN];
+            cpu.linear_into(&m, &wm, &[0.0; HIDDEN], false, &mut out);
+            out
+        };
+        let b: Vec<f32> = (0..HIDDEN)
+            .map(|h| {
+                let bias = -(0..BATCH).map(|b| pre[b * HIDDEN + h]).fold(f32::NEG_INFINITY, f32::max);
+                [bias, bias.next_up(), bias.next_down()][h % 3]
+            })
+            .collect();
+        assert_screening_changes_nothing("on the edge", &x, &w, &b);
+    }
+
+    #[test]
+    fn screening_changes_no_bit_of_extreme_numbers() {
+        let (mut x, mut w) = (numbers(BATCH * TERMS, 5), numbers(HIDDEN * TERMS, 6));
+        let mut b = vec![-12.0; HIDDEN];
+        // Columns as far apart as activations have them, and a row of each extreme.
+        (0..BATCH).for_each(|i| x[i * TERMS + 7] *= 3000.0);
+        x[..TERMS].iter_mut().for_each(|v| *v *= 1e30);
+        x[TERMS..2 * TERMS].iter_mut().for_each(|v| *v *= 1e-30);
+        x[2 * TERMS..3 * TERMS].iter_mut().for_each(|v| *v *= 1e-42);
+        w[..TERMS].iter_mut().for_each(|v| *v *= 1e25);
+        w[TERMS..2 * TERMS].iter_mut().for_each(|v| *v *= 1e-25);
+        w[2 * TERMS..3 * TERMS].iter_mut().for_each(|v| *v *= 1e-44);
+        w[3 * TERMS..4 * TERMS].fill(0.0);
+        w[4 * TERMS..5 * TERMS].fill(3e38);
+        (b[1], b[2], b[3]) = (-1e-24, 0.0, 0.0);
+        (b[5], b[6], b[7]) = (-3e38, 1e-40, -1e-40);
+        assert_screening_changes_nothing("extreme", &x, &w, &b);
+        (x[5 * TERMS], x[6 * TERMS + 1], x[8 * TERMS + 600]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+        (w[9 * TERMS + 3], w[10 * TERMS], b[11], b[12]) = (f32::NAN, f32::NEG_INFINITY, f32::NAN, f32::INFINITY);
+        b[13] = f32::NEG_INFINITY;
+        assert_screening_changes_nothing("not finite", &x, &w, &b);
+    }
+
+    #[test]
+    fn rows_have_the_same_bits_in_any_batch() {
+        let (x, w) = (numbers(BATCH * TERMS, 8), numbers(HIDDEN * TERMS, 9));
+        let b = vec![-3.0; HIDDEN];
+        let all = encode(Level::best(), Path::Auto, &x, &w, &b);
+        for rows in [1, 2, FEW_ROWS, FEW_ROWS + 1, SCREENED_ROWS] {
+            assert_eq!(encode(Level::best(), Path::Auto, &x[..rows * TERMS], &w, &b), all[..rows * HIDDEN], "{rows}");
+        }
     }
 }

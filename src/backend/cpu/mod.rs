@@ -150,7 +150,7 @@ impl<T: Scalar> Cpu<T> {
         let block = 128;
         let mut out = view_mut(out, rows, cols);
         let blocks = pieces(0..cols, block).zip(out.axis_chunks_iter_mut(Axis(1), block));
-        let state = || (self.shop.full.take(rows * block), Vec::new());
+        let state = || (self.shop.full.take(rows * block), self.shop.scratch.take());
         for_each(threads, blocks, state, |(tile, scratch), (range, mut out)| {
             let tile = &mut tile[..rows * range.len()];
             tile.fill(T::zero());
@@ -215,7 +215,7 @@ impl<T: Scalar> Cpu<T> {
         let mut factors = self.shop.full.take(by.at.len());
         factors.iter_mut().zip(&by.at).for_each(|(f, &at)| *f = latents.values[at as usize]);
         let blocks = pieces(0..rows, ROWS).zip(out);
-        let state = || (self.shop.full.take(cols), Vec::new());
+        let state = || (self.shop.full.take(cols), self.shop.scratch.take());
         for_each(self.threads_for(rows * cols), blocks, state, |(product, scratch), (range, mut out)| {
             for (i, h) in range.enumerate() {
                 let entries = by.starts[h]..by.starts[h + 1];
@@ -336,13 +336,13 @@ impl<T: Scalar> Backend for Cpu<T> {
     }
 
     fn linear(&self, x: &Matrix<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
-        let mut scratch = Vec::new();
+        let mut scratch = self.shop.scratch.take();
         self.linear_into(x, w, b.rows(0..1, &mut scratch), false, out.overwrite(x.rows, w.rows));
         Ok(())
     }
 
     fn encode(&self, x: &Matrix<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Latents<T>) -> Result<()> {
-        let (limit, mut scratch) = (self.sparse_limit(x.rows, w.rows), Vec::new());
+        let (limit, mut scratch) = (self.sparse_limit(x.rows, w.rows), self.shop.scratch.take());
         let bias = b.rows(0..1, &mut scratch);
         if self.path != Path::Dense && self.encode_sparse(x, w, bias, limit, out) {
             return Ok(());
@@ -395,7 +395,7 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn decode(&self, acts: &Latents<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
         assert_eq!(acts.cols, w.rows, "as many latents as the decoder has");
-        let mut scratch = Vec::new();
+        let mut scratch = self.shop.scratch.take();
         let (cols, bias) = (w.cols, b.rows(0..1, &mut scratch));
         let out = out.overwrite(acts.rows, cols);
         if !(acts.sparse && w.is_finite()) {
@@ -406,7 +406,7 @@ impl<T: Scalar> Backend for Cpu<T> {
                 }
             });
         } else if acts.rows <= FEW_ROWS {
-            let mut scratch = Vec::new();
+            let mut scratch = self.shop.scratch.take();
             for (b, row) in out.chunks_exact_mut(cols.max(1)).enumerate() {
                 row.fill(T::zero());
                 for (h, v) in acts.entries(b) {
@@ -450,7 +450,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             rest = others;
             (range, mine)
         });
-        for_each(self.threads_for(by.at.len() * w.cols), blocks, Vec::new, |scratch, (range, products)| {
+        for_each(self.threads_for(by.at.len() * w.cols), blocks, || self.shop.scratch.take(), |scratch, (range, products)| {
             let first = by.starts[range.start];
             for h in range {
                 let entries = by.starts[h]..by.starts[h + 1];
@@ -644,7 +644,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let d = w.cols / groups;
         let out = out.overwrite(w.rows, groups).chunks_mut((ROWS * groups).max(1));
         let blocks = pieces(0..w.rows, ROWS).zip(out);
-        for_each(self.threads_for(w.rows * w.cols), blocks, Vec::new, |scratch, (range, out)| {
+        for_each(self.threads_for(w.rows * w.cols), blocks, || self.shop.scratch.take(), |scratch, (range, out)| {
             for (h, norms) in range.zip(out.chunks_exact_mut(groups)) {
                 let row = w.rows(h..h + 1, scratch);
                 for (norm, part) in norms.iter_mut().zip(row.chunks_exact(d)) {
@@ -675,7 +675,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let out = if add { out.full_mut(self.level()) } else { out.overwrite(w.rows, cols) };
         assert_eq!(out.len(), w.rows * cols);
         for_rows(self.threads_for(w.rows * cols), out, cols, 1, |h0, out| {
-            let mut scratch = Vec::new();
+            let mut scratch = self.shop.scratch.take();
             for (i, out) in out.chunks_exact_mut(cols).enumerate() {
                 self.unit_rows(w, norms, d_t, h0 + i, groups, out, add, &mut scratch);
             }
@@ -687,7 +687,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let norm = m.norm_or(|| {
             let mut rows = self.shop.full.take(m.rows);
             let blocks = pieces(0..m.rows, ROWS).zip(rows.chunks_mut(ROWS));
-            for_each(self.threads_for(m.rows * m.cols), blocks, Vec::new, |scratch, (range, rows)| {
+            for_each(self.threads_for(m.rows * m.cols), blocks, || self.shop.scratch.take(), |scratch, (range, rows)| {
                 for (h, out) in range.zip(rows) {
                     *out = kernels::sum_of_squares(self.level(), m.rows(h..h + 1, scratch));
                 }
@@ -710,7 +710,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let finite = AtomicBool::new(true);
         let threads = self.threads_for(p.rows * cols);
         let blocks = pieces(0..p.rows, ROWS).zip(p.pieces(ROWS)).zip(m.pieces(ROWS)).zip(v.pieces(ROWS));
-        let state = || [vec![], vec![], vec![], vec![]];
+        let state = || [(); 4].map(|()| self.shop.scratch.take());
         for_each(threads, blocks, state, |[sg, sp, sm, sv], (((range, mut p), mut m), mut v)| {
             for rows in pieces(range.clone(), at_once) {
                 let (first, g) = ((rows.start - range.start) * cols, g.rows(rows, sg));

@@ -1,7 +1,7 @@
 //! Dense products by tiles: one side is packed whole, the other is streamed through in blocks that fit the second-level
 //! cache; a block's result is handed on while it is there.
 
-use super::buffers::{Buffer, Buffers};
+use super::buffers::{Buffer, Buffers, Scratch};
 use super::kernels::{self, Level, Side};
 use super::threads::{for_each, pieces};
 use crate::backend::Scalar;
@@ -22,11 +22,13 @@ pub(super) struct Workshop<T> {
     pub(super) level: Level,
     pub(super) full: Buffers<T>,
     pub(super) pairs: Buffers<u32>,
+    /// For rows that are unpacked.
+    pub(super) scratch: Scratch<T>,
 }
 
 impl<T> Default for Workshop<T> {
     fn default() -> Self {
-        Workshop { level: Level::best(), full: Buffers::default(), pairs: Buffers::default() }
+        Workshop { level: Level::best(), full: Buffers::default(), pairs: Buffers::default(), scratch: Scratch::default() }
     }
 }
 
