@@ -212,7 +212,8 @@ impl<B: Backend> Tape<B> {
         })
     }
 
-    /// `d_b_dec = r(Σ_b d_rec)`, `d_W_dec = r(actsᵀ · d_rec)`, `d_acts = r(d_rec · W_decᵀ)`.
+    /// `d_b_dec = r(Σ_b d_rec)`, `d_W_dec = r(actsᵀ · d_rec)`, `d_acts = r(d_rec · W_decᵀ)`; `d_W_dec` together with what
+    /// waits from the decoder norms.
     fn decode_backward(
         &mut self,
         i: usize,
@@ -225,7 +226,13 @@ impl<B: Backend> Tape<B> {
         let acts_value = self.nodes[acts.0].value.latents();
         self.backend.column_sums(d_rec, &mut d.to.b_dec)?;
         let write = d.w_dec.next();
-        self.backend.weight_grad(acts_value, d_rec, write, &mut d.to.w_dec)?;
+        match d.norms.take() {
+            Some(norms) => {
+                let (d_t, norms) = (outputs[norms - i].value.matrix(), &self.nodes[norms].saved);
+                self.backend.decoder_grad(acts_value, d_rec, &p.w_dec, norms, d_t, &mut d.to.w_dec)?;
+            }
+            None => self.backend.weight_grad(acts_value, d_rec, write, &mut d.to.w_dec)?,
+        }
         let d_acts = &mut inputs[acts.0];
         let write = if std::mem::replace(&mut d_acts.written, true) { Write::Add } else { Write::Set };
         self.backend.latents_grad(d_rec, &p.w_dec, acts_value, write, d_acts.value.latents_mut())
@@ -260,16 +267,11 @@ impl<B: Backend> Tape<B> {
         })
     }
 
-    /// `d_W_dec[h,m,d] = r(r(W_dec[h,m,d] / ‖W_dec[h,m]‖) · d_t[h])`, and 0 where the norm is 0, as PyTorch has it.
-    fn total_decoder_norm_backward(
-        &mut self,
-        i: usize,
-        p: &Parameters<B::Matrix>,
-        d: &mut Gradients<'_, B>,
-    ) -> Result<()> {
-        let (d_t, norms) = (self.grads[i].value.matrix(), &self.nodes[i].saved);
-        let write = d.w_dec.next();
-        self.backend.group_norms_grad(&p.w_dec, norms, d_t, write, &mut d.to.w_dec)
+    /// `d_W_dec[h,m,d] = r(r(W_dec[h,m,d] / ‖W_dec[h,m]‖) · d_t[h])`, and 0 where the norm is 0, as PyTorch has it. It waits
+    /// for the decoder's gradient, so that the backend can form both at once: [`Backend::decoder_grad`].
+    fn total_decoder_norm_backward(&self, i: usize, d: &mut Gradients<'_, B>) {
+        assert!(d.w_dec.0 && d.norms.is_none(), "the decoder norms are used once, after the decoder");
+        d.norms = Some(i);
     }
 
     /// `l1 = r(mean_b r(Σ_h r(acts[b,h] · t[h])))`. Original: `l1_loss`.
@@ -316,7 +318,7 @@ impl<B: Backend> Tape<B> {
     /// # Panics
     /// If the tape does not hold a decode, an encode and whatever else makes all four gradients.
     pub fn backward(&mut self, of: Var, p: &Parameters<B::Matrix>, d: &mut Parameters<B::Matrix>) -> Result<()> {
-        let mut d = Gradients { to: d, w_enc: First(true), w_dec: First(true) };
+        let mut d = Gradients { to: d, w_enc: First(true), w_dec: First(true), norms: None };
         self.grads.iter_mut().for_each(|g| g.written = false);
         self.grads[of.0] = Grad { value: Value::Scalar(B::Scalar::narrow(1.0)), written: true };
         for i in (0..=of.0).rev() {
@@ -328,7 +330,7 @@ impl<B: Backend> Tape<B> {
                 Op::Encode { x } => self.encode_backward(i, x, &mut d)?,
                 Op::Decode { acts } => self.decode_backward(i, acts, p, &mut d)?,
                 Op::SquaredError { rec, x } => self.squared_error_backward(i, rec, x)?,
-                Op::TotalDecoderNorm => self.total_decoder_norm_backward(i, p, &mut d)?,
+                Op::TotalDecoderNorm => self.total_decoder_norm_backward(i, &mut d),
                 Op::WeightedL1 { acts, t } => self.weighted_l1_backward(i, acts, t)?,
                 Op::AddScaled { a, b, coeff } => self.add_scaled_backward(i, a, b, coeff),
             }
@@ -343,6 +345,8 @@ struct Gradients<'a, B: Backend> {
     to: &'a mut Parameters<B::Matrix>,
     w_enc: First,
     w_dec: First,
+    /// The node of the decoder norms, whose share of `d_W_dec` waits for the decoder's.
+    norms: Option<usize>,
 }
 
 struct First(bool);

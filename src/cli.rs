@@ -3,6 +3,7 @@
 //! Results go to stdout, progress and errors to stderr. Exit status 0, 1 on failure, 2 on wrong usage.
 
 mod args;
+mod bench;
 mod convert;
 mod download;
 mod encode;
@@ -27,6 +28,7 @@ crosscoder VERB …
   golden   CASE…                    compare with the Python original
   info     FILE…                    what is in a .pt, .safetensors or .npy file
   convert  IN OUT                   between .pt and .safetensors, and between dtypes
+  bench                             measured speeds, each result checked
   download [REPO [PATH…]]           from the Hugging Face hub, into its cache
 
 `crosscoder VERB --help` tells more. Results go to stdout, progress to stderr. Exit status: 0, 1 on failure, 2 on wrong usage.
@@ -36,6 +38,7 @@ fn run() -> Result<ExitCode> {
     let mut parser = lexopt::Parser::from_env();
     match parser.next().map_err(args::usage)? {
         Some(lexopt::Arg::Value(verb)) => match verb.to_str() {
+            Some("bench") => bench::run(&mut parser),
             Some("convert") => convert::run(&mut parser),
             Some("download") => download::run(&mut parser),
             Some("encode") => encode::run(&mut parser),

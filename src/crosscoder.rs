@@ -185,15 +185,15 @@ impl<B: Backend> CrossCoder<B> {
         let batch = self.batch_of("x", x.len(), self.n_models * self.d_in)?;
         self.check_len("out", out.len(), batch, self.d_hidden)?;
         let x = self.upload_x(batch, x)?;
-        let mut dense = B::Matrix::default();
         if apply_relu {
             let mut acts = B::Latents::default();
             self.encode_on(&x, &mut acts)?;
-            self.backend.to_dense(&acts, &mut dense)?;
+            self.backend.download_latents(&acts, out)
         } else {
+            let mut dense = B::Matrix::default();
             self.backend.linear(&x, &self.params.w_enc, &self.params.b_enc, &mut dense)?;
+            self.backend.download(&dense, 0, out)
         }
-        self.backend.download(&dense, 0, out)
     }
 
     /// [`Self::encode`] on the backend, with relu.

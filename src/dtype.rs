@@ -1,7 +1,6 @@
 //! Element types, and the only function that rounds to them.
 
 use crate::error::{Error, Result};
-use half::{bf16, f16};
 
 /// The type of a tensor's elements. `float32`, `float16` and `bfloat16` are those a crosscoder can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -98,8 +97,8 @@ impl Dtype {
     #[inline]
     pub fn round(self, v: f32) -> f32 {
         match self {
-            Dtype::F16 => f16::from_f32(v).to_f32(),
-            Dtype::BF16 => bf16::from_f32(v).to_f32(),
+            Dtype::F16 => round_to_f16(v),
+            Dtype::BF16 => round_to_bf16(v),
             _ => v,
         }
     }
@@ -117,6 +116,41 @@ impl Dtype {
             _ => panic!("{self} does not round"),
         }
     }
+}
+
+// The two roundings without branches or calls, so that loops over them are vectorised; `half`, whose results they have,
+// asks the processor for its features at each element.
+
+const INFINITY: u32 = 0x7F80_0000;
+const QUIET: u32 = 0x0040_0000;
+
+/// The bits of |v|, and the bit of its sign.
+#[inline(always)]
+fn magnitude(v: f32) -> (u32, u32) {
+    (v.to_bits() & 0x7FFF_FFFF, v.to_bits() & 0x8000_0000)
+}
+
+#[inline(always)]
+fn round_to_bf16(v: f32) -> f32 {
+    let (bits, sign) = magnitude(v);
+    // Half of the last place is added, less one if the place before is even; a carry into the exponent is right.
+    let rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000;
+    let nan = (bits & 0xFFFF_0000) | QUIET;
+    f32::from_bits(if bits > INFINITY { nan } else { rounded } | sign)
+}
+
+#[inline(always)]
+fn round_to_f16(v: f32) -> f32 {
+    const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
+    const OVERFLOW: u32 = 0x477F_F000; // 65520: halfway from the largest, 65504, to 2^16
+    let (bits, sign) = magnitude(v);
+    let rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFF_E000;
+    let rounded = if bits >= OVERFLOW { INFINITY } else { rounded };
+    let nan = (bits & 0xFFFF_E000) | QUIET;
+    // In [1/2, 1) the last place of float32 is 2^-24, the smallest float16.
+    let small = ((f32::from_bits(bits) + 0.5) - 0.5).to_bits();
+    let rounded = if bits < SMALLEST_NORMAL { small } else { rounded };
+    f32::from_bits(if bits > INFINITY { nan } else { rounded } | sign)
 }
 
 impl std::fmt::Display for Dtype {
@@ -139,6 +173,19 @@ mod tests {
         assert_eq!(Dtype::F16.round(2f32.powi(-24)), 2f32.powi(-24));
         assert_eq!(Dtype::F32.round(0.1), 0.1);
         assert!(Dtype::BF16.round(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rounds_as_half_does() {
+        use half::{bf16, f16};
+        for upper in 0..=u16::MAX {
+            for lower in [0, 1, 0xFFF, 0x1000, 0x1001, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xB000, 0xFFFF] {
+                let v = f32::from_bits(u32::from(upper) << 16 | lower);
+                let (f, b) = (f16::from_f32(v).to_f32(), bf16::from_f32(v).to_f32());
+                assert_eq!(Dtype::F16.round(v).to_bits(), f.to_bits(), "{v:e} in float16");
+                assert_eq!(Dtype::BF16.round(v).to_bits(), b.to_bits(), "{v:e} in bfloat16");
+            }
+        }
     }
 
     #[test]

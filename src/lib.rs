@@ -38,6 +38,7 @@ pub mod atomic;
 pub mod autodiff;
 pub mod backend;
 pub mod batch_topk;
+pub mod bench;
 pub mod buffer;
 pub mod checkpoint;
 pub mod config;

@@ -112,7 +112,7 @@ pub struct Trainer<B: Backend> {
     schedule: Schedule,
     step_counter: u64,
     tape: Tape<B>,
-    grads: Parameters<B::Matrix>,
+    pub(crate) grads: Parameters<B::Matrix>,
 }
 
 impl<B: Backend> Trainer<B> {

@@ -191,6 +191,13 @@ pub trait Backend: Clone + Send + Sync {
         self.to_latents(&dense, acts)
     }
 
+    /// Copies latents to the host, dense, row-major [batch, d_hidden].
+    fn download_latents(&self, latents: &Self::Latents, out: &mut [Self::Scalar]) -> Result<()> {
+        let mut dense = Self::Matrix::default();
+        self.to_dense(latents, &mut dense)?;
+        self.download(&dense, 0, out)
+    }
+
     /// `out = r(r(acts · w) + b)`. acts [batch, d_hidden], w [d_hidden, width], b [1, width] → [batch, width].
     fn decode(&self, acts: &Self::Latents, w: &Self::Matrix, b: &Self::Matrix, out: &mut Self::Matrix) -> Result<()>;
 
@@ -276,6 +283,21 @@ pub trait Backend: Clone + Send + Sync {
         write: Write,
         out: &mut Self::Matrix,
     ) -> Result<()>;
+
+    /// The gradient of the decoder through the norms of its rows and through the reconstruction: `group_norms_grad` set, then
+    /// `weight_grad` added. For backends that do both in one pass over memory.
+    fn decoder_grad(
+        &self,
+        acts: &Self::Latents,
+        d_rec: &Self::Matrix,
+        w: &Self::Matrix,
+        norms: &Self::Matrix,
+        d_t: &Self::Matrix,
+        out: &mut Self::Matrix,
+    ) -> Result<()> {
+        self.group_norms_grad(w, norms, d_t, Write::Set, out)?;
+        self.weight_grad(acts, d_rec, Write::Add, out)
+    }
 
     /// `r(√(Σ m²))` over all elements.
     fn norm(&self, m: &Self::Matrix) -> Result<Self::Scalar>;

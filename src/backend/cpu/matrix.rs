@@ -1,21 +1,25 @@
 //! Matrices and latents in the host's memory.
 
+use super::kernels::{self, Level, Side, Source};
 use crate::backend::{Scalar, Shaped};
 use crate::dtype::Dtype;
 use crate::tensor::Values;
 use half::{bf16, f16};
 use std::ops::Range;
+use std::slice::ChunksMut;
 use std::sync::OnceLock;
 
 /// A dense row-major matrix. Parameters in float16 and bfloat16 are stored in these types; everything else is stored in
-/// `T`, its values rounded to the dtype.
+/// `T`, its values rounded to the dtype. The gradient of a weight may be kept as the sparse product that it is.
 #[derive(Clone, Debug, Default)]
 pub struct Matrix<T> {
     pub(super) rows: usize,
     pub(super) cols: usize,
     store: Store<T>,
-    /// Whether all elements are finite; computed when asked for, forgotten when elements change.
+    /// Whether all elements are finite, and their norm before it is rounded: computed when asked for, or by the way;
+    /// forgotten when elements change.
     finite: OnceLock<bool>,
+    norm: OnceLock<f64>,
 }
 
 #[derive(Clone, Debug)]
@@ -23,6 +27,33 @@ enum Store<T> {
     Full(Vec<T>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
+    Pending(Pending<T>),
+}
+
+/// `latentsᵀ · y` by its factors: some 20 MB where the product has 300. Rows are computed each time they are read, which is
+/// as fast as reading them from memory, there being few terms.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pending<T> {
+    /// Row h of the product has the terms `starts[h]..starts[h + 1]`.
+    pub(super) starts: Vec<usize>,
+    /// The row of y of each term.
+    pub(super) terms: Vec<u32>,
+    /// What it is multiplied with.
+    pub(super) factors: Vec<T>,
+    pub(super) y: Vec<T>,
+    /// What each element is rounded to.
+    pub(super) dtype: Option<Dtype>,
+}
+
+impl<T: Scalar> Pending<T> {
+    /// Row `h` of the product, rounded.
+    pub(super) fn row(&self, level: Level, h: usize, out: &mut [T]) {
+        let terms = self.starts[h]..self.starts[h + 1];
+        kernels::gather_rows(level, out, &self.y, &self.terms[terms.clone()], &self.factors[terms]);
+        if let Some(dtype @ (Dtype::F16 | Dtype::BF16)) = self.dtype {
+            kernels::round(level, out, dtype);
+        }
+    }
 }
 
 impl<T> Default for Store<T> {
@@ -52,7 +83,12 @@ impl<T: Scalar> Matrix<T> {
             }
             (values, _) => Store::Full(T::from_values(values)),
         };
-        Matrix { rows, cols, store, finite: OnceLock::new() }
+        Matrix { rows, cols, store, finite: OnceLock::new(), norm: OnceLock::new() }
+    }
+
+    /// What was known of the elements is forgotten.
+    fn forget(&mut self) {
+        (self.finite, self.norm) = Default::default();
     }
 
     /// All elements, to be written: resized to [rows, cols], contents unspecified, stored in `T`.
@@ -61,7 +97,7 @@ impl<T: Scalar> Matrix<T> {
         if !matches!(self.store, Store::Full(_)) {
             self.store = Store::default();
         }
-        self.finite = OnceLock::new();
+        self.forget();
         match &mut self.store {
             Store::Full(v) => {
                 v.resize(rows * cols, T::zero());
@@ -71,7 +107,34 @@ impl<T: Scalar> Matrix<T> {
         }
     }
 
-    /// All elements; only for matrices that are stored in `T`, which are all but half-precision parameters.
+    /// A product to be written by its factors, [rows, cols].
+    pub(super) fn overwrite_pending(&mut self, rows: usize, cols: usize) -> &mut Pending<T> {
+        (self.rows, self.cols) = (rows, cols);
+        if !matches!(self.store, Store::Pending(_)) {
+            self.store = Store::Pending(Pending::default());
+        }
+        self.forget();
+        match &mut self.store {
+            Store::Pending(p) => p,
+            _ => unreachable!("made pending above"),
+        }
+    }
+
+    /// All elements, to be added to: a product by its factors is computed.
+    pub(super) fn full_mut(&mut self, level: Level) -> &mut [T] {
+        if let Store::Pending(pending) = &self.store {
+            let mut full = vec![T::zero(); self.rows * self.cols];
+            full.chunks_exact_mut(self.cols.max(1)).enumerate().for_each(|(h, row)| pending.row(level, h, row));
+            self.store = Store::Full(full);
+        }
+        self.forget();
+        match &mut self.store {
+            Store::Full(v) => v,
+            _ => panic!("a parameter stored in half precision is changed through pieces()"),
+        }
+    }
+
+    /// All elements; only for matrices that are stored in `T`: neither half-precision parameters nor products by factors.
     pub(super) fn full(&self) -> &[T] {
         match &self.store {
             Store::Full(v) => v,
@@ -79,13 +142,50 @@ impl<T: Scalar> Matrix<T> {
         }
     }
 
-    /// The rows `range`, in `T`: borrowed if they are stored so, unpacked into `scratch` otherwise.
+    /// All elements as they are stored.
+    pub(super) fn source(&self) -> Source<'_, T> {
+        match &self.store {
+            Store::Full(v) => Source::Full(v),
+            Store::F16(v) => Source::F16(v),
+            Store::BF16(v) => Source::BF16(v),
+            Store::Pending(_) => panic!("a gradient by its factors is read through rows()"),
+        }
+    }
+
+    /// The rows as one side of a product over the columns.
+    pub(super) fn rows_side(&self) -> Side<'_, T> {
+        Side { source: self.source(), rows: self.rows, row_stride: self.cols, term_stride: 1 }
+    }
+
+    /// The columns as one side of a product over the rows.
+    pub(super) fn columns_side(&self) -> Side<'_, T> {
+        Side { source: self.source(), rows: self.cols, row_stride: 1, term_stride: self.cols }
+    }
+
+    /// The rows `range`, in `T`: borrowed if they are stored so, put into `scratch` otherwise.
     pub(super) fn rows<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<T>) -> &'a [T] {
-        let range = range.start * self.cols..range.end * self.cols;
+        let elements = range.start * self.cols..range.end * self.cols;
+        match &self.store {
+            Store::Full(v) => &v[elements],
+            Store::Pending(pending) => {
+                scratch.clear();
+                scratch.resize(elements.len(), T::zero());
+                for (h, row) in range.zip(scratch.chunks_exact_mut(self.cols.max(1))) {
+                    pending.row(Level::best(), h, row);
+                }
+                scratch
+            }
+            _ => self.part(elements, scratch),
+        }
+    }
+
+    /// The elements `range`, in `T`: borrowed if they are stored so, unpacked into `scratch` otherwise.
+    pub(super) fn part<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<T>) -> &'a [T] {
         match &self.store {
             Store::Full(v) => &v[range],
-            Store::F16(v) => unpack(&v[range], scratch, |e| e.to_f32()),
-            Store::BF16(v) => unpack(&v[range], scratch, |e| e.to_f32()),
+            Store::F16(v) => unpack(&v[range], scratch, kernels::widen_f16),
+            Store::BF16(v) => unpack(&v[range], scratch, kernels::widen_bf16),
+            Store::Pending(_) => panic!("a gradient by its factors is read through rows()"),
         }
     }
 
@@ -94,30 +194,75 @@ impl<T: Scalar> Matrix<T> {
         let range = at..at + out.len();
         match &self.store {
             Store::Full(v) => out.copy_from_slice(&v[range]),
-            Store::F16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, e)| *o = T::narrow(e.to_f64())),
-            Store::BF16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, e)| *o = T::narrow(e.to_f64())),
+            Store::F16(v) => kernels::widen_f16(Level::best(), &v[range], out),
+            Store::BF16(v) => kernels::widen_bf16(Level::best(), &v[range], out),
+            Store::Pending(pending) => {
+                let (mut row, mut done) = (vec![T::zero(); self.cols], 0);
+                while done < out.len() {
+                    let (h, from) = ((at + done) / self.cols, (at + done) % self.cols);
+                    pending.row(Level::best(), h, &mut row);
+                    let n = (self.cols - from).min(out.len() - done);
+                    out[done..done + n].copy_from_slice(&row[from..from + n]);
+                    done += n;
+                }
+            }
         }
     }
 
     /// Pieces of `rows` rows each, to be changed in place.
-    pub(super) fn row_pieces(&mut self, rows: usize) -> impl Iterator<Item = Piece<'_, T>> {
-        self.finite = OnceLock::new();
+    pub(super) fn pieces(&mut self, rows: usize) -> Pieces<'_, T> {
+        self.forget();
         let len = (rows * self.cols).max(1);
-        let pieces: Vec<Piece<'_, T>> = match &mut self.store {
-            Store::Full(v) => v.chunks_mut(len).map(Piece::Full).collect(),
-            Store::F16(v) => v.chunks_mut(len).map(Piece::F16).collect(),
-            Store::BF16(v) => v.chunks_mut(len).map(Piece::BF16).collect(),
-        };
-        pieces.into_iter()
+        match &mut self.store {
+            Store::Full(v) => Pieces::Full(v.chunks_mut(len)),
+            Store::F16(v) => Pieces::F16(v.chunks_mut(len)),
+            Store::BF16(v) => Pieces::BF16(v.chunks_mut(len)),
+            Store::Pending(_) => panic!("a gradient by its factors is not changed in place"),
+        }
     }
 
     /// Whether every element is finite.
     pub(super) fn is_finite(&self) -> bool {
         *self.finite.get_or_init(|| match &self.store {
-            Store::Full(v) => v.iter().all(|e| e.is_finite()),
+            Store::Full(v) => kernels::all_finite(Level::best(), v),
             Store::F16(v) => v.iter().all(|e| e.is_finite()),
             Store::BF16(v) => v.iter().all(|e| e.is_finite()),
+            Store::Pending(_) => true, // Made of finite factors alone; a sum that overflows is seen by the norm.
         })
+    }
+
+    /// Says what is known about the elements just written.
+    pub(super) fn set_finite(&mut self, finite: bool) {
+        self.finite = finite.into();
+    }
+
+    /// The norm if it was computed since the elements changed, else computed by `f`.
+    pub(super) fn norm_or(&self, f: impl FnOnce() -> f64) -> f64 {
+        *self.norm.get_or_init(f)
+    }
+
+    /// See [`Self::set_finite`].
+    pub(super) fn set_norm(&mut self, norm: f64) {
+        self.norm = norm.into();
+    }
+}
+
+/// See [`Matrix::pieces`].
+pub(super) enum Pieces<'a, T> {
+    Full(ChunksMut<'a, T>),
+    F16(ChunksMut<'a, f16>),
+    BF16(ChunksMut<'a, bf16>),
+}
+
+impl<'a, T> Iterator for Pieces<'a, T> {
+    type Item = Piece<'a, T>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self {
+            Pieces::Full(v) => v.next().map(Piece::Full),
+            Pieces::F16(v) => v.next().map(Piece::F16),
+            Pieces::BF16(v) => v.next().map(Piece::BF16),
+        }
     }
 }
 
@@ -134,23 +279,35 @@ impl<T: Scalar> Piece<'_, T> {
         match self {
             Piece::Full(v) => f(&mut v[range]),
             Piece::F16(v) => {
-                unpack(&v[range.clone()], scratch, |e| e.to_f32());
+                unpack(&v[range.clone()], scratch, kernels::widen_f16);
                 f(scratch);
-                v[range].iter_mut().zip(scratch).for_each(|(o, e)| *o = f16::from_f32(e.wide() as f32));
+                kernels::narrow_f16(Level::best(), scratch, &mut v[range]);
             }
             Piece::BF16(v) => {
-                unpack(&v[range.clone()], scratch, |e| e.to_f32());
+                unpack(&v[range.clone()], scratch, kernels::widen_bf16);
                 f(scratch);
-                v[range].iter_mut().zip(scratch).for_each(|(o, e)| *o = bf16::from_f32(e.wide() as f32));
+                kernels::narrow_bf16(Level::best(), scratch, &mut v[range]);
             }
         }
     }
 }
 
-fn unpack<'a, T: Scalar, E: Copy>(packed: &[E], scratch: &'a mut Vec<T>, f: impl Fn(E) -> f32) -> &'a [T] {
-    scratch.clear();
-    scratch.extend(packed.iter().map(|&e| T::narrow(f64::from(f(e)))));
+fn unpack<'a, T: Scalar, E>(packed: &[E], scratch: &'a mut Vec<T>, widen: fn(Level, &[E], &mut [T])) -> &'a mut [T] {
+    scratch.resize(packed.len(), T::zero());
+    widen(Level::best(), packed, scratch);
     scratch
+}
+
+/// Calls `f(i, value)` for each value that is not zero; nan is not. Made for values that are mostly zero: whole vectors of
+/// zeros cost one comparison.
+pub(super) fn not_zero<T: Scalar>(values: &[T], mut f: impl FnMut(usize, T)) {
+    for (i, piece) in values.chunks(16).enumerate() {
+        if piece.iter().fold(false, |any, &v| any | (v != T::zero())) {
+            for (j, &v) in piece.iter().enumerate().filter(|(_, v)| **v != T::zero()) {
+                f(16 * i + j, v);
+            }
+        }
+    }
 }
 
 /// Latents [rows, cols], or a gradient on the support of latents.
@@ -166,6 +323,32 @@ pub struct Latents<T> {
     pub(super) columns: Vec<u32>,
     /// Sparse: the value of each entry. Dense: all of them, row-major.
     pub(super) values: Vec<T>,
+    /// Sparse: the same entries by column.
+    pub(super) by_column: ByColumn,
+    /// Working memory of the encoder.
+    pub(super) found: Vec<Found<T>>,
+}
+
+/// What the encoder found in a block of columns, by rows.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Found<T> {
+    pub(super) done: bool,
+    /// How many in each row.
+    pub(super) counts: Vec<u32>,
+    pub(super) columns: Vec<u32>,
+    pub(super) values: Vec<T>,
+    /// What screening leaves to be computed: column in the block, row.
+    pub(super) candidates: Vec<(u32, u32)>,
+}
+
+/// Entries by column: those of column `h` are `starts[h]..starts[h + 1]`, their rows ascending.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ByColumn {
+    pub(super) starts: Vec<usize>,
+    /// The row of each.
+    pub(super) rows: Vec<u32>,
+    /// Where its value lies among the values by row.
+    pub(super) at: Vec<u32>,
 }
 
 impl<T> Shaped for Latents<T> {
@@ -175,23 +358,55 @@ impl<T> Shaped for Latents<T> {
 }
 
 impl<T: Scalar> Latents<T> {
-    /// Keeps of the dense [rows, cols] what is not zero (nan is kept).
-    pub(super) fn set_sparse(&mut self, rows: usize, cols: usize, dense: &[T]) {
-        assert!(u32::try_from(cols).is_ok(), "more than 2^32 latents");
-        (self.rows, self.cols, self.sparse) = (rows, cols, true);
+    /// No entries in no rows yet, of `cols` columns.
+    pub(super) fn begin_sparse(&mut self, cols: usize) {
+        (self.rows, self.cols, self.sparse) = (0, cols, true);
         self.starts.clear();
         self.columns.clear();
         self.values.clear();
         self.starts.push(0);
-        for row in 0..rows {
-            for (h, &v) in dense[row * cols..(row + 1) * cols].iter().enumerate() {
-                if v != T::zero() {
-                    self.columns.push(h as u32);
-                    self.values.push(v);
-                }
+    }
+
+    /// Ends a row: the entries pushed since the last one are its.
+    pub(super) fn end_row(&mut self) {
+        self.rows += 1;
+        self.starts.push(self.columns.len());
+    }
+
+    /// Sorts the entries by column, by counting.
+    pub(super) fn end_sparse(&mut self) {
+        let by = &mut self.by_column;
+        by.starts.clear();
+        by.starts.resize(self.cols + 1, 0);
+        by.rows.resize(self.columns.len(), 0);
+        by.at.resize(self.columns.len(), 0);
+        // Where each column ends; then, filling from behind, where it begins.
+        self.columns.iter().for_each(|&h| by.starts[h as usize] += 1);
+        let mut end = 0;
+        by.starts.iter_mut().for_each(|s| {
+            end += *s;
+            *s = end;
+        });
+        for b in (0..self.rows).rev() {
+            for at in (self.starts[b]..self.starts[b + 1]).rev() {
+                let next = &mut by.starts[self.columns[at] as usize];
+                *next -= 1;
+                (by.rows[*next], by.at[*next]) = (b as u32, at as u32);
             }
-            self.starts.push(self.columns.len());
         }
+    }
+
+    /// Keeps of the dense [rows, cols] what is not zero (nan is kept).
+    pub(super) fn set_sparse(&mut self, rows: usize, cols: usize, dense: &[T]) {
+        self.begin_sparse(cols);
+        for row in 0..rows {
+            not_zero(&dense[row * cols..(row + 1) * cols], |h, v| {
+                self.columns.push(h as u32);
+                self.values.push(v);
+            });
+            self.end_row();
+        }
+        self.end_sparse();
     }
 
     /// All values dense, to be written.
@@ -208,6 +423,9 @@ impl<T: Scalar> Latents<T> {
         (self.rows, self.cols, self.sparse) = (other.rows, other.cols, other.sparse);
         self.starts.clone_from(&other.starts);
         self.columns.clone_from(&other.columns);
+        self.by_column.starts.clone_from(&other.by_column.starts);
+        self.by_column.rows.clone_from(&other.by_column.rows);
+        self.by_column.at.clone_from(&other.by_column.at);
         self.values.resize(other.values.len(), T::zero());
         &mut self.values
     }
@@ -229,6 +447,6 @@ impl<T: Scalar> Latents<T> {
 
     /// Whether every value that is held is finite.
     pub(super) fn is_finite(&self) -> bool {
-        self.values.iter().all(|v| v.is_finite())
+        kernels::all_finite(Level::best(), &self.values)
     }
 }

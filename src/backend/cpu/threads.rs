@@ -1,9 +1,10 @@
 //! Work split over threads: each piece of the output belongs to one thread, so no sum depends on how many there are.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
-/// Calls `work(first_row, rows)` on pieces of `out`, which holds `rows` rows of `row_len` elements; pieces begin at
-/// multiples of `step` rows. On the calling thread alone if there is one thread or one piece.
+/// Calls `work(first_row, rows)` on pieces of `out`, which holds rows of `row_len` elements; pieces begin at multiples of
+/// `step` rows. On the calling thread alone if there is one thread or one piece.
 pub(super) fn for_rows<E: Send>(
     threads: usize,
     out: &mut [E],
@@ -16,16 +17,39 @@ pub(super) fn for_rows<E: Send>(
     if rows <= per_thread {
         return work(0, out);
     }
-    std::thread::scope(|scope| {
-        for (i, piece) in out.chunks_mut(per_thread * row_len).enumerate() {
-            let work = &work;
-            scope.spawn(move || work(i * per_thread, piece));
+    let pieces = out.chunks_mut(per_thread * row_len).enumerate();
+    for_each(threads, pieces, || (), |_, (i, piece)| work(i * per_thread, piece));
+}
+
+/// Calls `work` on each item; a thread that is done with one takes the next. Each thread makes itself a state first. The
+/// calling thread is one of the threads.
+pub(super) fn for_each<I: Send, S>(
+    threads: usize,
+    items: impl Iterator<Item = I> + Send,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, I) + Sync,
+) {
+    if threads <= 1 {
+        let mut state = state();
+        return items.for_each(|item| work(&mut state, item));
+    }
+    let items = Mutex::new(items);
+    let next = || items.lock().expect("an iterator that does not panic").next();
+    let run = || {
+        let mut state = state();
+        while let Some(item) = next() {
+            work(&mut state, item);
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(run);
+        }
+        run();
     });
 }
 
-/// `0..n` in at most `parts` ranges of nearly equal length.
-pub(super) fn split(n: usize, parts: usize) -> impl Iterator<Item = Range<usize>> {
-    let per_part = n.div_ceil(parts.max(1)).max(1);
-    (0..n).step_by(per_part).map(move |start| start..(start + per_part).min(n))
+/// `range` in pieces of `step`.
+pub(super) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> + Send + Clone {
+    range.clone().step_by(step.max(1)).map(move |start| start..(start + step.max(1)).min(range.end))
 }
