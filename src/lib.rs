@@ -73,3 +73,8 @@ pub use crosscoder::{CrossCoder, LossOutput};
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind, Result};
 pub use tensor::{Tensor, Values};
+
+/// The README's example, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
