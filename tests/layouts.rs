@@ -306,11 +306,16 @@ fn nothing_is_guessed_of_the_forks_files() {
     refused(&folder, "{}", &fork(&[])[..3], &["decoder.bias is missing"]);
     let mut transposed = fork(&[]);
     transposed[2].1 = tensor(&[2, 6, 20]);
-    refused(&folder, "{}", &transposed, &["decoder.weight has shape [2, 6, 20]", "[2, 20, 6]"]);
+    refused(&folder, "{}", &transposed, &["decoder.weight is float32 [2, 6, 20]", "needs float32 [2, 20, 6]"]);
     let mut short = fork(&[]);
     short[1].1 = tensor(&[19]);
-    refused(&folder, "{}", &short, &["[19]", "[20]"]);
+    refused(&folder, "{}", &short, &["encoder.bias is float32 [19]", "[20]"]);
 
+    let mut integers = fork(&[]);
+    for (_, tensor) in &mut integers {
+        *tensor = Tensor::new(tensor.shape().to_vec(), Values::I32(vec![1; tensor.len()])).unwrap();
+    }
+    refused(&folder, "{}", &integers, &["int32", "floats"]);
     let full = |v: f32| Tensor::new(vec![2, 6], Values::F32(vec![v; 12])).unwrap();
     let (mean, std) = (("activation_mean", full(1.0)), ("activation_std", full(2.0)));
     refused(&folder, "{}", &fork(std::slice::from_ref(&mean)), &["activation_std"]);
