@@ -12,7 +12,7 @@
 //! the error, and nothing is guessed where a file leaves something open.
 //!
 //! **Normalisation is folded.** The fork's model normalises what it reads and undoes that in what it writes. With the stored
-//! mean μ[m,d] and, one for all, the stored scale `s`
+//! mean `μ[m,d]` and, one for all, the stored scale `s`
 //!
 //! ```text
 //! x'[m,d] = (x[m,d] - μ[m,d]) · s              rec[m,d] = rec'[m,d] / (s + 1e-8) + μ[m,d]
@@ -25,7 +25,7 @@
 //! W_dec[h,m,d] = W_dec'[h,m,d] / (s + 1e-8)    b_dec[m,d] = b_dec'[m,d] / (s + 1e-8) + μ[m,d]
 //! ```
 //!
-//! Latents stay what they are. Files from before that scale have a standard deviation σ[m,d] for each neuron instead: there
+//! Latents stay what they are. Files from before that scale have a standard deviation `σ[m,d]` for each neuron instead: there
 //! `s` is `1 / (σ[m,d] + 1e-8)` on the left and its exact inverse on the right. What is folded is computed in float64 and stored
 //! in float32. The threshold of BatchTopK is compared with latents times decoder norms (see [`crate::batch_topk`]), which grow by
 //! `1 / (s + 1e-8)`; so does the threshold. For σ there is no such factor, and a threshold on norms is refused.
