@@ -12,7 +12,7 @@
 //! the error, and nothing is guessed where a file leaves something open.
 //!
 //! **Normalisation is folded.** The fork's model normalises what it reads and undoes that in what it writes. With the stored
-//! mean μ[m,d] and, one for all, the stored scale `s`
+//! mean `μ[m,d]` and, one for all, the stored scale `s`
 //!
 //! ```text
 //! x'[m,d] = (x[m,d] - μ[m,d]) · s              rec[m,d] = rec'[m,d] / (s + 1e-8) + μ[m,d]
@@ -25,7 +25,7 @@
 //! W_dec[h,m,d] = W_dec'[h,m,d] / (s + 1e-8)    b_dec[m,d] = b_dec'[m,d] / (s + 1e-8) + μ[m,d]
 //! ```
 //!
-//! Latents stay what they are. Files from before that scale have a standard deviation σ[m,d] for each neuron instead: there
+//! Latents stay what they are. Files from before that scale have a standard deviation `σ[m,d]` for each neuron instead: there
 //! `s` is `1 / (σ[m,d] + 1e-8)` on the left and its exact inverse on the right. What is folded is computed in float64 and stored
 //! in float32. The threshold of BatchTopK is compared with latents times decoder norms (see [`crate::batch_topk`]), which grow by
 //! `1 / (s + 1e-8)`; so does the threshold. For σ there is no such factor, and a threshold on norms is refused.
@@ -35,10 +35,12 @@
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::batch_topk::{self, BatchTopK, CODE_NORMALIZATION_KEY, CodeNormalization};
 use crate::config::Config;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::files::{TensorFile, TensorInfo};
 use crate::tensor::{Tensor, Values};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::path::Path;
 
 /// The cfg key that names the layout a checkpoint was converted from.
@@ -193,8 +195,9 @@ struct Named<'a> {
 impl<'a> Named<'a> {
     fn new(file: &'a mut TensorFile) -> Result<Self> {
         let names: Vec<_> = file.tensors().iter().map(|t| (bare(&t.name).to_owned(), false)).collect();
-        for (i, (name, _)) in names.iter().enumerate() {
-            if names[..i].iter().any(|(other, _)| other == name) {
+        let mut seen = HashSet::new();
+        for (name, _) in &names {
+            if !seen.insert(name) {
                 let what = format!("two tensors have the name {name:?}, with and without {COMPILED_PREFIX:?}");
                 return Err(Error::format(what).in_file(file.path()));
             }
@@ -344,14 +347,18 @@ fn fork(tensors: &mut Named<'_>, config: Config, config_path: &Path) -> Result<(
             let what = format!("an encoder over a subset of layers ({n} of {m}) is not supported");
             return Err(Error::unsupported(what));
         }
-        ref shape if shape != [n, dict_size, d_in] => {
-            let needed = [n, dict_size, d_in];
-            return Err(Error::shape(format!(
-                "decoder.weight has shape {shape:?}; encoder.weight {:?} needs {needed:?}",
-                w_enc.shape()
-            )));
-        }
         _ => {}
+    }
+    let needed = [("decoder.weight", &w_dec, &[n, dict_size, d_in][..]), ("encoder.bias", &b_enc, &[dict_size])];
+    for (name, tensor, needed) in needed.into_iter().chain([("decoder.bias", &b_dec, &[n, d_in][..])]) {
+        if (tensor.shape(), tensor.dtype()) != (needed, w_enc.dtype()) {
+            let [found, other] = [tensor, &w_enc].map(|t| format!("{} {:?}", t.dtype(), t.shape()));
+            let what = format!("{name} is {found}; encoder.weight, {other}, needs {} {needed:?}", w_enc.dtype());
+            return Err(Error::shape(what));
+        }
+    }
+    if !matches!(w_enc.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        return Err(Error::unsupported(format!("encoder.weight has dtype {}; weights are floats", w_enc.dtype())));
     }
     let in_config = |e: Error| e.in_file(config_path);
     check_config(&said, [n, d_in, dict_size]).map_err(in_config)?;
@@ -558,7 +565,7 @@ impl Normalisation {
     }
 
     /// The weights that take x and reconstruct x, by the formulas of the module. W_enc [n, d_in, dict_size], W_dec
-    /// [dict_size, n, d_in].
+    /// [dict_size, n, d_in]; the caller has checked the shapes.
     fn fold(&self, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
         let (width, d_in) = (self.mean.len(), self.d_in);
         let (before, after): (Vec<f64>, Vec<f64>) = match &self.scale {
@@ -571,9 +578,6 @@ impl Normalisation {
 
         let mut b_enc = b_enc.to_f64_vec();
         let mut enc = f32_of(w_enc);
-        if enc.len() != width * b_enc.len() {
-            return Err(Error::shape(format!("encoder.bias has {} elements for {} weights", b_enc.len(), enc.len())));
-        }
         for (k, row) in enc.chunks_exact_mut(dict_size.max(1)).enumerate() {
             // k runs over (m, d)
             for (w, b) in row.iter_mut().zip(&mut b_enc) {
@@ -591,9 +595,6 @@ impl Normalisation {
             }
         }
         let bias = b_dec.to_f64_vec();
-        if bias.len() != width {
-            return Err(Error::shape(format!("decoder.bias has shape {:?}; it needs {:?}", b_dec.shape(), [n, d_in])));
-        }
         let bias = (0..width).map(|k| (bias[k] * after[k] + self.mean[k]) as f32).collect();
         let tensor = |shape: &[usize], values| Tensor::new(shape.to_vec(), Values::F32(values));
         Ok(Parameters {

@@ -23,7 +23,8 @@ only, shared and B only, cosines of shared latents. From activations also losses
 rows on which each latent is strongest, and Latent Scaling (Minder et al. 2025), which tells exclusive latents from
 artifacts of the l1 penalty.
 
-CHECKPOINT: a version directory (its newest checkpoint), or a weights file with its cfg beside it.
+CHECKPOINT: a version directory (its newest checkpoint), a weights file with its cfg beside it, a folder with both, or
+hf://OWNER/REPO[@REVISION][/PATH].
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory
 of them.
 
