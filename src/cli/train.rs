@@ -2,7 +2,9 @@
 
 use super::args;
 use crosscoder::activations::Activations;
-use crosscoder::backend::{Backend, Cpu};
+use crosscoder::analysis::{DecoderNorms, activation_stats};
+use crosscoder::atomic;
+use crosscoder::backend::{Backend, Picked, pick};
 use crosscoder::buffer::HeldOut;
 use crosscoder::checkpoint;
 use crosscoder::config::Config;
@@ -10,6 +12,7 @@ use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::{Batches, Evaluation, Latents, evaluate, latents};
 use crosscoder::normalisation::factors;
 use crosscoder::pt::PtFile;
+use crosscoder::report::{Report, TrainingLog};
 use crosscoder::run::{self, Ended, Event, Run};
 use serde_json::json;
 use std::io::{Cursor, IsTerminal, Write};
@@ -36,6 +39,7 @@ model B's; or a directory of such files. Without ACTS it trains on a small set o
   --keep-going-on-nan
                      goes on where a loss or gradient is not finite, as the original does, instead of stopping
   --threads N        threads [all cores]; the result does not depend on it
+  --no-report        writes no report.html beside the checkpoints at the end
   --json             the result as one JSON object
 
 Defaults are those of the original's train.py, smaller where the set is small: batch_size at most a tenth of the rows and
@@ -60,6 +64,7 @@ struct Asked {
     keep_going: bool,
     threads: Option<usize>,
     json: bool,
+    no_report: bool,
 }
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -73,6 +78,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("resume") => asked.resume = true,
             Long("keep-going-on-nan") => asked.keep_going = true,
             Long("json") => asked.json = true,
+            Long("no-report") => asked.no_report = true,
             Long("threads") => asked.threads = Some(args::number(parser, "threads")?),
             Long("original-refresh") => asked.keys.push(("original_refresh".to_owned(), "true".to_owned())),
             Long(key) => {
@@ -95,13 +101,17 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         None => Run::create(&out, cfg(&asked, &acts)?)?,
     };
     let run = if asked.keep_going { run.keep_going() } else { run };
-    match run.cfg().text("device")? {
-        "cpu" => {
-            let backend = Cpu::<f32>::new(run.cfg().enc_dtype()?);
+    // `cuda:0`, as the original's cfgs say, means "if there is one".
+    match pick(run.cfg().text("device")?, run.cfg().enc_dtype()?)? {
+        Picked::Cpu(backend, why) => {
+            if let Some(why) = why {
+                let _ = writeln!(std::io::stderr(), "{why}");
+            }
             let backend = asked.threads.map_or(backend.clone(), |n| backend.with_threads(n));
             train(run, backend, &acts, &stop, &asked)
         }
-        other => Err(Error::unsupported(format!("--device {other}: this program trains on cpu"))),
+        #[cfg(feature = "cuda")]
+        Picked::Cuda(backend) => train(run, backend, &acts, &stop, &asked),
     }
 }
 
@@ -205,22 +215,26 @@ fn train<B: Backend<Scalar = f32>>(
         let _ = writeln!(std::io::stderr(), "stopped at step {}, {at}; --resume goes on", ended.step);
         return Ok(ExitCode::from(130));
     }
-    report(&ended, acts, batch_size, asked.json)?;
+    report(&ended, acts, batch_size, asked)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Batches that the evaluation at the end is limited to.
 const EVALUATION_BATCHES: usize = 100;
 
+/// Rows that the page shows for each latent.
+const TOP_ROWS: usize = 5;
+
 /// Evaluates the crosscoder and prints the result.
-fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, json: bool) -> Result<()> {
+fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, asked: &Asked) -> Result<()> {
     let crosscoder = &ended.crosscoder;
     let held_out = HeldOut::from_cfg(crosscoder.cfg())?;
     let factors = factors(crosscoder.cfg())?.unwrap_or_else(|| vec![1.0; acts.n_models()]);
     let limit = EVALUATION_BATCHES * batch_size;
     let validation = held_out.count(acts.rows()) > 0;
     let rows: Vec<usize> = (0..acts.rows()).filter(|&row| held_out.holds(row) == validation).take(limit).collect();
-    let evaluation = evaluate(crosscoder, &Batches::new(acts, rows, batch_size, &factors))?;
+    let batches = Batches::new(acts, rows, batch_size, &factors);
+    let evaluation = evaluate(crosscoder, &batches)?;
     let all: Vec<usize> = (0..acts.rows()).take(limit).collect();
     let latents = match acts.n_models() {
         2 => Some(latents(crosscoder, &Batches::new(acts, all, batch_size, &factors))?),
@@ -228,11 +242,29 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, j
     };
     let weights = ended.checkpoint.as_deref().unwrap_or(Path::new(""));
     let rows = if validation { "validation" } else { "training" };
-    args::print(&if json {
+    args::print(&if asked.json {
         json_report(weights, ended.step, rows, &evaluation, latents.as_ref())
     } else {
         text_report(weights, ended.step, rows, &evaluation, latents.as_ref())
-    })
+    })?;
+    if asked.no_report {
+        return Ok(());
+    }
+    let page = weights.with_file_name("report.html");
+    let norms = DecoderNorms::of(crosscoder)?;
+    let stats = activation_stats(crosscoder, &norms, &batches, TOP_ROWS, |_| {})?;
+    let mut report = Report::new(crosscoder, norms)
+        .with_source(weights.display().to_string())
+        .with_activations(stats, format!("{rows} rows"));
+    if let Ok(log) = std::fs::read_to_string(weights.with_file_name("metrics.jsonl")) {
+        report = report.with_training(TrainingLog::from_jsonl(&log)?);
+    }
+    let html = report.to_html();
+    atomic::write(&page, |out| out.write_all(html.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;
+    if !asked.json {
+        args::print(&format!("model diff            {}\n", page.display()))?;
+    }
+    Ok(())
 }
 
 fn json_report(weights: &Path, step: u64, rows: &str, evaluation: &Evaluation, latents: Option<&Latents>) -> String {
