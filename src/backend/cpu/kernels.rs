@@ -988,6 +988,8 @@ fn candidates_body<T: Scalar, const FMA: bool>(
         for (i, flag) in flags[..len].iter_mut().enumerate() {
             let j = from + i;
             let highest = row[j] + thresholds[j] + fma::<T, FMA>(x[0], w0[j], x[1] * w1[j]);
+            // One comparison, which nan passes.
+            #[allow(clippy::neg_cmp_op_on_partial_ord)]
             *flag = !(highest < T::zero());
         }
         if flags[..len].iter().fold(false, |any, &f| any | f) {

@@ -1,7 +1,7 @@
 //! The CPU: one dense product, `encode`; everything after it by loops over the support, or dense where that is faster.
 //!
 //! `Cpu<f32>` computes in float32 and rounds to the dtype; `Cpu<f64>` is the same source in float64 and rounds nowhere.
-//! The inner loops are in [`kernels`], the tiling of dense products in [`product`], the encoder in [`encode`].
+//! The inner loops are in `kernels`, the tiling of dense products in `product`, the encoder in `encode`.
 
 mod buffers;
 mod encode;
