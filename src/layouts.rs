@@ -1,12 +1,13 @@
 //! The layouts that published crosscoders come in. What the weights mean is the same; here they become the original's four.
 //!
-//! | layout | tensors | cfg beside it |
+//! | layout | tensors | cfg |
 //! | --- | --- | --- |
-//! | the original's | `W_enc` [2, d_in, dict_size], `W_dec` [dict_size, 2, d_in], `b_enc`, `b_dec` | `N_cfg.json`, `cfg.json` |
-//! | Neel Nanda's | the same, n_layers instead of 2, scaling factors folded in | the same, without `d_in` |
-//! | one tensor for each model | `W_enc_A`, `W_enc_B` [d_in, dict_size], `W_dec_A`, … [dict_size, d_in], `b_enc`, `b_dec_A`, … | any |
-//! | the `dictionary_learning` fork's `CrossCoder`, `BatchTopKCrossCoder` | `encoder.weight` [n, d_in, dict_size], `decoder.weight` [n, dict_size, d_in], `encoder.bias`, `decoder.bias`, buffers | `config.json` |
+//! | the original's | `W_enc` [2, d_in, dict_size], `W_dec` [dict_size, 2, d_in], `b_enc`, `b_dec` | its own |
+//! | Neel Nanda's | the same, n_layers instead of 2, scaling factors folded in | lacks `d_in` |
+//! | one tensor for each model | `W_enc_A`, … [d_in, dict_size], `W_dec_A`, … [dict_size, d_in], `b_dec_A`, …, `b_enc` | any |
+//! | the fork's | `encoder.weight` [n, d_in, dict_size], `decoder.weight` [n, dict_size, d_in], biases, buffers | `config.json` |
 //!
+//! The fork is science-of-finetuning's of `dictionary_learning`, its classes `CrossCoder` and `BatchTopKCrossCoder`.
 //! Separate tensors may also be named `_a`, `_b`, … or `_0`, `_1`, …, in upper or lower case. A prefix `_orig_mod.`, which
 //! `torch.compile` leaves, is dropped. A layout is told by names and shapes; one that is known and not supported is named in
 //! the error, and nothing is guessed where a file leaves something open.
