@@ -1496,4 +1496,108 @@ mod tests {
             println!("rows tested: {}", level.name());
         }
     }
+
+    /// Functions on rows of any length at every level against loops in float64; `r` is the identity in float32.
+    #[test]
+    fn elementwise_functions_are_the_naive_ones_at_every_level() {
+        let close = |ours: &[f32], naive: &dyn Fn(usize) -> f64, what: &str, level: Level| {
+            for (i, &o) in ours.iter().enumerate() {
+                let n = naive(i);
+                assert!((f64::from(o) - n).abs() <= 4e-6 * n.abs().max(1.0), "{what} {i} {}: {o}, {n}", level.name());
+            }
+        };
+        let f32_ = Dtype::F32;
+        for &level in Level::available() {
+            for n in [0, 1, 15, 16, 17, 127, 128, 129, 300] {
+                let (a, b, c) = (numbers(n, 7), numbers(n, 8), numbers(n, 9));
+                let w = |v: &[f32], i: usize| f64::from(v[i]);
+                let mut out = a.clone();
+                finish(level, &mut out, &b, false, f32_);
+                close(&out, &|i| w(&a, i) + w(&b, i), "finish", level);
+                out.clone_from(&a);
+                finish(level, &mut out, &b, true, f32_);
+                close(&out, &|i| (w(&a, i) + w(&b, i)).max(0.0), "finish with relu", level);
+                out.clone_from(&a);
+                write(level, &mut out, &b, true, f32_);
+                close(&out, &|i| w(&a, i) + w(&b, i), "write", level);
+                squared_distance_grad(level, &a, &b, 0.3, &mut out, f32_);
+                close(&out, &|i| 0.6 * (w(&a, i) - w(&b, i)), "squared_distance_grad", level);
+                let sum: f64 = (0..n).map(|i| (w(&a, i) - w(&b, i)).powi(2)).sum();
+                close(&[squared_distance(level, &a, &b, f32_)], &|_| sum, "squared_distance", level);
+                unit_times(level, &a, 0.7, 0.4, &mut out, false, f32_);
+                close(&out, &|i| w(&a, i) / 0.7 * 0.4, "unit_times", level);
+                unit_times(level, &a, 0.0, 0.4, &mut out, false, f32_);
+                assert!(out.iter().all(|&v| v == 0.0), "a norm of 0 gives 0");
+                assert!(all_finite(level, &a));
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    for at in [0, n / 2, n.saturating_sub(1)] {
+                        out.clone_from(&a);
+                        if let Some(v) = out.get_mut(at) {
+                            *v = bad;
+                            assert!(!all_finite(level, &out), "{bad} at {at} of {n}, {}", level.name());
+                        }
+                    }
+                }
+                let step = AdamStep {
+                    clip: 0.5,
+                    one_minus_beta1: 0.25,
+                    beta2: 0.75,
+                    one_minus_beta2: 0.25,
+                    step_size: 0.125,
+                    bias_correction2_sqrt: 0.5,
+                    eps: 1e-8,
+                };
+                let (mut p, mut m, v0) = (a.clone(), c.clone(), c.iter().map(|v| v.abs()).collect::<Vec<f32>>());
+                let mut v = v0.clone();
+                adam(level, &mut p, &b, &mut m, &mut v, &step, f32_);
+                let nm = |i: usize| w(&c, i) + 0.25 * (0.5 * w(&b, i) - w(&c, i));
+                let nv = |i: usize| 0.75 * w(&v0, i) + 0.25 * (0.5 * w(&b, i)).powi(2);
+                close(&m, &nm, "adam, m", level);
+                close(&v, &nv, "adam, v", level);
+                close(&p, &|i| w(&a, i) - 0.125 * nm(i) / (nv(i).sqrt() / 0.5 + 1e-8), "adam, p", level);
+            }
+            println!("elementwise functions tested: {}", level.name());
+        }
+    }
+
+    #[test]
+    fn sparse_rows_are_the_naive_ones_at_every_level() {
+        let (count, rows, values) = (9, [3u32, 0, 3, 8, 5], [0.5f32, -1.0, 0.25, 2.0, 0.125]);
+        for &level in Level::available() {
+            for width in [1, 7, 127, 128, 129, 256, 300] {
+                let y = numbers(count * width, 10);
+                for terms in 0..=rows.len() {
+                    let mut out = vec![f32::NAN; width];
+                    gather_rows(level, &mut out, &y, &rows[..terms], &values[..terms]);
+                    for (j, &o) in out.iter().enumerate() {
+                        let naive: f32 = (0..terms).map(|e| values[e] * y[rows[e] as usize * width + j]).sum();
+                        assert!((o - naive).abs() <= 1e-6, "gather_rows {width} {terms} {}", level.name());
+                    }
+                }
+                let (at, mut out) = ([4u32, 3, 2, 1, 0], y.clone());
+                let row = numbers(width, 11);
+                scatter_row(level, &mut out, &row, &rows, &at, &values);
+                let mut naive = y.clone();
+                for (e, &b) in rows.iter().enumerate() {
+                    (0..width).for_each(|j| naive[b as usize * width + j] += values[at[e] as usize] * row[j]);
+                }
+                assert!(out.iter().zip(&naive).all(|(o, n)| (o - n).abs() <= 1e-6), "scatter_row {width} {}", level.name());
+            }
+            for n in [1, 15, 16, 17, 40] {
+                let (row, t, w0, w1) = (numbers(n, 12), numbers(n, 13), numbers(n, 14), numbers(n, 15));
+                let mut row = row;
+                row[n / 2] = f32::NAN;
+                let mut found = Vec::new();
+                candidates(level, 6, &row, &t, [0.5, 0.25], &w0, &w1, &mut found);
+                let possible = |j: &u32| {
+                    let j = *j as usize;
+                    let highest = f64::from(row[j]) + f64::from(t[j]) + 0.5 * f64::from(w0[j]) + 0.25 * f64::from(w1[j]);
+                    highest.is_nan() || highest >= 0.0
+                };
+                let naive: Vec<(u32, u32)> = (0..n as u32).filter(possible).map(|j| (j, 6)).collect();
+                assert_eq!(found, naive, "candidates {n} {}", level.name());
+            }
+            println!("sparse rows tested: {}", level.name());
+        }
+    }
 }
