@@ -35,6 +35,12 @@ fn variants(dtype: Dtype) -> Vec<(String, Cuda)> {
         .collect()
 }
 
+/// Of these, in float32, two that have each way once.
+fn two_variants(dtype: Dtype) -> Vec<(String, Cuda)> {
+    let crossed = |name: &str| name.ends_with("Sparse Ffma") || name.ends_with("Dense Split") || name.ends_with("Auto");
+    variants(dtype).into_iter().filter(|(name, _)| crossed(name)).collect()
+}
+
 #[test]
 fn primitives_agree_with_naive_loops() {
     if !standin::ready("primitives_agree_with_naive_loops") {
@@ -151,7 +157,7 @@ fn golden_cases_pass() {
         }
         cases += 1;
         let case = Case::load(&dir).unwrap();
-        for (name, be) in variants(case.cfg.enc_dtype().unwrap()) {
+        for (name, be) in two_variants(case.cfg.enc_dtype().unwrap()) {
             let rows = case.compare(be).unwrap();
             let worst = rows.iter().filter(|r| r.pass().is_some()).count();
             assert!(worst >= 14, "{}: {worst} comparisons", case.name);
@@ -255,7 +261,7 @@ fn training_steps_agree_with_the_cpu_and_repeat_bit_for_bit() {
     }
     for dtype in [Dtype::F32, Dtype::BF16] {
         let (cpu_losses, cpu_params) = train(&Cpu::<f32>::new(dtype), 5);
-        for (name, be) in variants(dtype) {
+        for (name, be) in two_variants(dtype) {
             let (losses, params) = train(&be, 5);
             let tolerance = if dtype == Dtype::F32 { 1e-5 } else { 2e-2 };
             for (ours, cpu) in losses.iter().zip(&cpu_losses) {
