@@ -313,6 +313,33 @@ fn copies_that_run_early_change_nothing() {
 }
 
 #[test]
+fn batches_that_follow_each_other_do_not_mix() {
+    if !standin::ready("batches_that_follow_each_other_do_not_mix") {
+        return;
+    }
+    // More batches than there are places to wait in, and nobody waits in between.
+    let be = cuda(Dtype::F32);
+    for eager in [false, true] {
+        if !standin::real_gpu() {
+            standin::eager_copies(eager);
+        }
+        let batches: Vec<Vec<f32>> = (0..5).map(|i| (0..300).map(|j| (i * 1000 + j) as f32).collect()).collect();
+        let mut matrices: Vec<<Cuda as Backend>::Matrix> = batches.iter().map(|_| Default::default()).collect();
+        for (batch, m) in batches.iter().zip(&mut matrices) {
+            be.fill(3, 100, batch, m).unwrap();
+        }
+        for (batch, m) in batches.iter().zip(&matrices) {
+            let mut out = vec![0.0; 300];
+            be.download(m, 0, &mut out).unwrap();
+            assert_eq!(&out, batch, "copies run early: {eager}");
+        }
+    }
+    if !standin::real_gpu() {
+        standin::eager_copies(false);
+    }
+}
+
+#[test]
 fn sizes_of_zero() {
     if !standin::ready("sizes_of_zero") {
         return;
