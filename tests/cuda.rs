@@ -35,6 +35,12 @@ fn variants(dtype: Dtype) -> Vec<(String, Cuda)> {
         .collect()
 }
 
+/// Of these, in float32, two that have each way once.
+fn two_variants(dtype: Dtype) -> Vec<(String, Cuda)> {
+    let crossed = |name: &str| name.ends_with("Sparse Ffma") || name.ends_with("Dense Split") || name.ends_with("Auto");
+    variants(dtype).into_iter().filter(|(name, _)| crossed(name)).collect()
+}
+
 #[test]
 fn primitives_agree_with_naive_loops() {
     if !standin::ready("primitives_agree_with_naive_loops") {
@@ -151,7 +157,7 @@ fn golden_cases_pass() {
         }
         cases += 1;
         let case = Case::load(&dir).unwrap();
-        for (name, be) in variants(case.cfg.enc_dtype().unwrap()) {
+        for (name, be) in two_variants(case.cfg.enc_dtype().unwrap()) {
             let rows = case.compare(be).unwrap();
             let worst = rows.iter().filter(|r| r.pass().is_some()).count();
             assert!(worst >= 14, "{}: {worst} comparisons", case.name);
@@ -255,7 +261,7 @@ fn training_steps_agree_with_the_cpu_and_repeat_bit_for_bit() {
     }
     for dtype in [Dtype::F32, Dtype::BF16] {
         let (cpu_losses, cpu_params) = train(&Cpu::<f32>::new(dtype), 5);
-        for (name, be) in variants(dtype) {
+        for (name, be) in two_variants(dtype) {
             let (losses, params) = train(&be, 5);
             let tolerance = if dtype == Dtype::F32 { 1e-5 } else { 2e-2 };
             for (ours, cpu) in losses.iter().zip(&cpu_losses) {
@@ -304,6 +310,33 @@ fn copies_that_run_early_change_nothing() {
     let early = train(&be, 4);
     standin::eager_copies(false);
     assert_eq!(late, early);
+}
+
+#[test]
+fn batches_that_follow_each_other_do_not_mix() {
+    if !standin::ready("batches_that_follow_each_other_do_not_mix") {
+        return;
+    }
+    // More batches than there are places to wait in, and nobody waits in between.
+    let be = cuda(Dtype::F32);
+    for eager in [false, true] {
+        if !standin::real_gpu() {
+            standin::eager_copies(eager);
+        }
+        let batches: Vec<Vec<f32>> = (0..5).map(|i| (0..300).map(|j| (i * 1000 + j) as f32).collect()).collect();
+        let mut matrices: Vec<<Cuda as Backend>::Matrix> = batches.iter().map(|_| Default::default()).collect();
+        for (batch, m) in batches.iter().zip(&mut matrices) {
+            be.fill(3, 100, batch, m).unwrap();
+        }
+        for (batch, m) in batches.iter().zip(&matrices) {
+            let mut out = vec![0.0; 300];
+            be.download(m, 0, &mut out).unwrap();
+            assert_eq!(&out, batch, "copies run early: {eager}");
+        }
+    }
+    if !standin::real_gpu() {
+        standin::eager_copies(false);
+    }
 }
 
 #[test]

@@ -66,7 +66,9 @@ struct Hopper {
 
 /// Rows that one thread sums in a column sum's first pass.
 const COLUMN_ROWS: usize = 64;
-/// Blocks of a sum over all elements. Fixed, so that the order of terms is.
+/// A sum over all elements is made by one block for so many, and by so many blocks at most. The elements' number alone decides,
+/// so that the order of terms does not depend on the device.
+const NORM_ELEMENTS: usize = 4096;
 const NORM_BLOCKS: usize = 1024;
 
 /// Latents are held as a support where at most this share of them is not zero. An estimate from the operations and
@@ -189,7 +191,11 @@ impl Cuda {
         let flag = self.words(1)?;
         self.gpu.zero(&flag)?;
         let n = m.rows * m.cols;
-        self.launch("nonfinite", (n.div_ceil(BLOCK).min(NORM_BLOCKS), 1), &[u64_arg(n), m.arg(), (&flag).into()])?;
+        self.launch(
+            "nonfinite",
+            (n.div_ceil(NORM_ELEMENTS).min(NORM_BLOCKS), 1),
+            &[u64_arg(n), m.arg(), (&flag).into()],
+        )?;
         // Another thread may have been first: then both are right.
         Ok(m.nonfinite.get_or_init(|| flag))
     }
@@ -689,9 +695,9 @@ impl Backend for Cuda {
     }
 
     fn norm(&self, m: &Matrix) -> Result<f32> {
-        let parts = self.per_row(NORM_BLOCKS, |out| {
-            self.launch("norm_parts", (NORM_BLOCKS, 1), &[u64_arg(m.rows * m.cols), m.arg(), out])
-        })?;
+        let n = m.rows * m.cols;
+        let blocks = n.div_ceil(NORM_ELEMENTS).clamp(1, NORM_BLOCKS);
+        let parts = self.per_row(blocks, |out| self.launch("norm_parts", (blocks, 1), &[u64_arg(n), m.arg(), out]))?;
         let total: f64 = parts.iter().map(|v| f64::from(*v)).sum();
         Ok(self.round(f32::narrow(total.sqrt())))
     }
