@@ -990,7 +990,8 @@ fn candidates_body<T: Scalar, const FMA: bool>(
             let highest = row[j] + thresholds[j] + fma::<T, FMA>(x[0], w0[j], x[1] * w1[j]);
             // One comparison, which nan passes.
             #[allow(clippy::neg_cmp_op_on_partial_ord)]
-            *flag = !(highest < T::zero());
+            let passes = !(highest < T::zero());
+            *flag = passes;
         }
         if flags[..len].iter().fold(false, |any, &f| any | f) {
             out.extend((0..len).filter(|&i| flags[i]).map(|i| ((from + i) as u32, b)));
