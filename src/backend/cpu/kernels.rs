@@ -1582,7 +1582,11 @@ mod tests {
                 for (e, &b) in rows.iter().enumerate() {
                     (0..width).for_each(|j| naive[b as usize * width + j] += values[at[e] as usize] * row[j]);
                 }
-                assert!(out.iter().zip(&naive).all(|(o, n)| (o - n).abs() <= 1e-6), "scatter_row {width} {}", level.name());
+                assert!(
+                    out.iter().zip(&naive).all(|(o, n)| (o - n).abs() <= 1e-6),
+                    "scatter_row {width} {}",
+                    level.name()
+                );
             }
             for n in [1, 15, 16, 17, 40] {
                 let (row, t, w0, w1) = (numbers(n, 12), numbers(n, 13), numbers(n, 14), numbers(n, 15));
@@ -1592,7 +1596,8 @@ mod tests {
                 candidates(level, 6, &row, &t, [0.5, 0.25], &w0, &w1, &mut found);
                 let possible = |j: &u32| {
                     let j = *j as usize;
-                    let highest = f64::from(row[j]) + f64::from(t[j]) + 0.5 * f64::from(w0[j]) + 0.25 * f64::from(w1[j]);
+                    let highest =
+                        f64::from(row[j]) + f64::from(t[j]) + 0.5 * f64::from(w0[j]) + 0.25 * f64::from(w1[j]);
                     highest.is_nan() || highest >= 0.0
                 };
                 let naive: Vec<(u32, u32)> = (0..n as u32).filter(possible).map(|j| (j, 6)).collect();
