@@ -198,3 +198,49 @@ fn one_value_serves_many_threads() {
         }
     });
 }
+
+/// One latent or one input wide, a product has one term, exact in float32: what is left is where values round.
+#[test]
+fn half_types_round_after_the_product_and_after_the_bias() {
+    for dtype in [Dtype::BF16, Dtype::F16] {
+        let r = |v: f32| dtype.round(v);
+        let values = |n: usize, seed: u32| numbers(n, seed).into_iter().map(r).collect::<Vec<f32>>();
+        let of = |shape: &[usize], v: &[f32]| Tensor::new(shape.to_vec(), Values::F32(v.to_vec())).unwrap();
+        let (d_hidden, batch) = (50, 20);
+        let (w_enc, w_dec, b_enc, b_dec) =
+            (values(d_hidden, 1), values(d_hidden, 2), values(d_hidden, 3), values(1, 4));
+        let mut cfg = cfg(1, d_hidden);
+        cfg.set("enc_dtype", dtype.enc_name().unwrap());
+        let weights = Parameters {
+            w_enc: of(&[1, 1, d_hidden], &w_enc),
+            w_dec: of(&[d_hidden, 1, 1], &w_dec),
+            b_enc: of(&[d_hidden], &b_enc),
+            b_dec: of(&[1, 1], &b_dec),
+        };
+        let cc = CrossCoder::<Cpu>::from_tensors(Cpu::new(dtype), cfg, weights).unwrap();
+        let x = Array3::from_shape_vec((batch, 1, 1), values(batch, 5)).unwrap();
+        let pre = cc.encode(x.view(), false).unwrap();
+        let mut rounded_twice = 0;
+        for b in 0..batch {
+            for h in 0..d_hidden {
+                let product = x[[b, 0, 0]] * w_enc[h];
+                assert_eq!(pre[[b, h]], r(r(product) + b_enc[h]), "{dtype} encode [{b}, {h}]");
+                rounded_twice += usize::from(r(r(product) + b_enc[h]) != r(product + b_enc[h]));
+            }
+        }
+        assert!(rounded_twice > 0, "no value tells one rounding from two");
+        for h in 0..d_hidden {
+            let mut acts = Array2::<f32>::zeros((1, d_hidden));
+            acts[[0, h]] = r(0.7);
+            let rec = cc.decode(acts.view()).unwrap()[[0, 0, 0]];
+            assert_eq!(rec, r(r(r(0.7) * w_dec[h]) + b_dec[0]), "{dtype} decode of latent {h}");
+        }
+        // Whatever is in the dtype is a value of the dtype.
+        let losses = cc.get_losses(x.view()).unwrap();
+        let in_dtype = losses.explained_variance_per_model.iter().flatten().chain([&losses.l1_loss]);
+        for &v in in_dtype {
+            assert_eq!(f64::from(r(v as f32)), v, "{dtype}");
+        }
+        assert!(losses.explained_variance.iter().any(|&v| f64::from(r(v as f32)) != v), "float32 is not rounded");
+    }
+}
