@@ -118,6 +118,12 @@ __device__ void norm_parts(u64 n, const typename E::T* m, float* parts) {
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
+// a · b + c: fused in float32, where PyTorch and the CPU backend fuse the moments' sums, else with the product rounded.
+template <class E>
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+    return sizeof(typename E::T) == 4 ? fmaf(a, b, c) : a * b + c;
+}
+
 // One step of Adam, as `Backend::adam` states it. One thread an element.
 template <class E>
 __device__ void adam(u64 n, typename E::T* p, const typename E::T* g, typename E::T* m, typename E::T* v, float clip,
@@ -126,8 +132,8 @@ __device__ void adam(u64 n, typename E::T* p, const typename E::T* g, typename E
     u64 i = element();
     if (i >= n) return;
     float gi = r<E>(clip * E::wide(g[i])), mi = E::wide(m[i]), vi = E::wide(v[i]);
-    mi = r<E>(mi + one_minus_beta1 * (gi - mi));
-    vi = r<E>(r<E>(beta2 * vi) + one_minus_beta2 * gi * gi);
+    mi = r<E>(multiply_add<E>(one_minus_beta1, gi - mi, mi));
+    vi = r<E>(multiply_add<E>(one_minus_beta2 * gi, gi, r<E>(beta2 * vi)));
     float denom = r<E>(r<E>(r<E>(sqrtf(vi)) / bias_correction2_sqrt) + eps);
     p[i] = E::narrow(E::wide(p[i]) - step_size * mi / denom);
     m[i] = E::narrow(mi);
