@@ -323,7 +323,7 @@ fn wrong_usage_has_status_2() {
         assert!(stderr(&output).contains(say), "{args:?}: {}", stderr(&output));
     }
     let output = run(&["--device", "tpu", "--out", &out]);
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(stdout(&run(&["--help"])).contains("--keep-going-on-nan"));
     std::fs::remove_dir_all(&dir).unwrap();
 }

@@ -254,7 +254,7 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     let norms = DecoderNorms::of(crosscoder)?;
     let stats = activation_stats(crosscoder, &norms, &batches, TOP_ROWS, |_| {})?;
     let mut report = Report::new(crosscoder, norms)
-        .with_source(weights.display().to_string())
+        .with_source(weights.file_name().unwrap_or_default().to_string_lossy())
         .with_activations(stats, format!("{rows} rows"));
     if let Ok(log) = std::fs::read_to_string(weights.with_file_name("metrics.jsonl")) {
         report = report.with_training(TrainingLog::from_jsonl(&log)?);
