@@ -6,9 +6,11 @@
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::thread::ScopedJoinHandle;
 
 /// What stands in the names of temporary files: `.0.pt.4711-0.crosscoder-tmp`.
 const SUFFIX: &str = ".crosscoder-tmp";
@@ -21,11 +23,89 @@ pub struct Staged {
     placed: bool,
 }
 
+/// Bytes are handed to the system in pieces of this size.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// So many pieces may wait for being written.
+const WAITING: usize = 4;
+
+/// After so many pieces the disk is told to begin, so that little is left to wait for in the end.
+const SYNCED_PIECES: usize = 64;
+
+/// What a file's content is written to. Another thread hands it to the system, which takes as long as computing the content
+/// and its checksums does.
+#[derive(Debug)]
+pub struct Output {
+    piece: Vec<u8>,
+    full: SyncSender<Vec<u8>>,
+    /// Pieces that were written.
+    empty: Receiver<Vec<u8>>,
+}
+
+impl Output {
+    fn pass_on(&mut self) -> io::Result<()> {
+        let next = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(PIECE_BYTES));
+        // Where the other thread has failed, its error is the one that is reported.
+        let full = std::mem::replace(&mut self.piece, next);
+        self.full.send(full).map_err(|_| io::Error::other("an earlier write failed"))
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.piece.len() >= PIECE_BYTES {
+            self.pass_on()?;
+        }
+        let n = bytes.len().min(PIECE_BYTES.saturating_sub(self.piece.len()));
+        self.piece.extend_from_slice(bytes.get(..n).unwrap_or_default());
+        Ok(n)
+    }
+
+    /// Nothing: a file that is not finished is nobody's.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a thread returned; its panic goes on here.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Lets `content` write into `file`.
+fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Result<()> {
+    let (full, fulls) = sync_channel::<Vec<u8>>(WAITING);
+    let (empties, empty) = channel();
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(move || {
+            let (many, manys) = channel();
+            let syncing = scope.spawn(move || manys.into_iter().try_for_each(|()| file.sync_data()));
+            for (i, mut piece) in fulls.into_iter().enumerate() {
+                file.write_all(&piece)?;
+                piece.clear();
+                let _ = empties.send(piece); // Nobody needs the last ones.
+                if i % SYNCED_PIECES == SYNCED_PIECES - 1 {
+                    let _ = many.send(()); // Where syncing has failed, it is told below.
+                }
+            }
+            drop(many);
+            joined(syncing)
+        });
+        let mut out = Output { piece: Vec::new(), full, empty };
+        let result = content(&mut out);
+        let last = out.pass_on();
+        drop(out);
+        joined(writing).map_err(|e| Error::io("cannot write", e))?;
+        result?;
+        last.map_err(|e| Error::io("cannot write", e))
+    })
+}
+
 /// Writes a file beside `path` and syncs it.
 ///
 /// # Errors
 /// What `content` returns; a folder that cannot be written to, a full disk. No temporary file is left then.
-pub fn stage(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<Staged> {
+pub fn stage(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Result<Staged> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or_else(|| Error::usage("a file needs a name").in_file(path))?;
     let mut temporary = OsString::from(".");
@@ -35,10 +115,8 @@ pub fn stage(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<(
     let cannot = |e| Error::io("cannot write", e).in_file(path);
     let file = File::create_new(&temporary).map_err(cannot)?;
     let staged = Staged { temporary, path: path.to_owned(), placed: false };
-    let mut writer = BufWriter::with_capacity(1 << 20, file);
-    content(&mut writer).map_err(|e| e.in_file(path))?;
-    writer.flush().map_err(cannot)?;
-    writer.get_ref().sync_all().map_err(cannot)?;
+    fill(&file, content).map_err(|e| e.in_file(path))?;
+    file.sync_all().map_err(cannot)?;
     Ok(staged)
 }
 
@@ -67,7 +145,7 @@ impl Drop for Staged {
 ///
 /// # Errors
 /// As theirs.
-pub fn write(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+pub fn write(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Result<()> {
     stage(path, content)?.place()
 }
 

@@ -10,9 +10,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rng::{BLOCK, Mt19937, Normal};
 use crate::tensor::{Tensor, element_count};
-use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
+use zerocopy::FromZeros;
 
 /// About how many weights a thread takes at a time.
 const RUN: usize = 1 << 16;
@@ -55,8 +55,8 @@ fn weights<T: Weight>(seed: i128, shape: [usize; 3], scale: f64, threads: usize)
     if n == 0 {
         return Err(Error::config(format!("weights [{d_hidden}, {n_models}, {d_in}]: no size may be 0")));
     }
-    let mut w_dec = zeros::<T>(n).ok_or_else(too_large)?;
-    let mut w_enc = zeros::<T>(n).ok_or_else(too_large)?;
+    let mut w_dec = T::new_vec_zeroed(n).map_err(|_| too_large())?;
+    let mut w_enc = T::new_vec_zeroed(n).map_err(|_| too_large())?;
     fill(rng, &mut w_dec, &mut w_enc, d_in, scale as f32, threads);
     Ok(Parameters {
         w_enc: Tensor::new(shape.to_vec(), T::wrap(w_enc))?.permuted(&[1, 2, 0]),
@@ -64,13 +64,6 @@ fn weights<T: Weight>(seed: i128, shape: [usize; 3], scale: f64, threads: usize)
         b_enc: Tensor::new(vec![d_hidden], T::wrap(vec![T::default(); d_hidden]))?,
         b_dec: Tensor::new(vec![n_models, d_in], T::wrap(vec![T::default(); n_models * d_in]))?,
     })
-}
-
-/// `n` zeros in memory that the system has not touched yet, or none if it has no room for them.
-fn zeros<T: Weight>(n: usize) -> Option<Vec<T>> {
-    // `vec![0; n]` takes zeroed pages as they are, but a refusal ends the process: hence the question before it.
-    Vec::<T>::new().try_reserve_exact(n).ok()?;
-    Some(T::zeros(n))
 }
 
 /// Fills both with the normalised second draw of `rng`.
@@ -145,8 +138,7 @@ fn norm<T: Weight>(row: &[f32]) -> f32 {
 }
 
 /// A dtype of weights: PyTorch's `norm` over the last dimension adds the squares of each in another order.
-trait Weight: Normal {
-    fn zeros(n: usize) -> Vec<Self>;
+trait Weight: Normal + FromZeros {
     /// `Σ row²` in float32.
     fn sum_of_squares(row: &[f32]) -> f32;
 }
@@ -163,10 +155,6 @@ fn eight_lanes(groups: &[[f32; 8]]) -> f32 {
 }
 
 impl Weight for f32 {
-    fn zeros(n: usize) -> Vec<Self> {
-        vec![0.0; n]
-    }
-
     /// Eight lanes, then the rest in order: four of them, if there are four, with two roundings each, others with one.
     fn sum_of_squares(row: &[f32]) -> f32 {
         let (groups, rest) = row.as_chunks::<8>();
@@ -177,10 +165,6 @@ impl Weight for f32 {
 }
 
 impl Weight for f16 {
-    fn zeros(n: usize) -> Vec<Self> {
-        vec![0u16; n].reinterpret_into()
-    }
-
     /// In order.
     fn sum_of_squares(row: &[f32]) -> f32 {
         row.iter().fold(0.0, |sum, x| sum + x * x)
@@ -188,10 +172,6 @@ impl Weight for f16 {
 }
 
 impl Weight for bf16 {
-    fn zeros(n: usize) -> Vec<Self> {
-        vec![0u16; n].reinterpret_into()
-    }
-
     /// Eight lanes, two groups at a time, then the rest in order.
     fn sum_of_squares(row: &[f32]) -> f32 {
         let (whole, rest) = row.split_at(row.len() / 16 * 16);

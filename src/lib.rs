@@ -42,7 +42,6 @@ pub mod bench;
 pub mod buffer;
 pub mod checkpoint;
 pub mod config;
-mod crc32;
 mod crosscoder;
 pub mod dtype;
 pub mod error;

@@ -161,12 +161,12 @@ impl<R: Read + Seek> NpyFile<R> {
         if crate::pt::is_row_major(&self.shape, &self.strides) {
             return self.block.stream(&mut self.reader, &mut |_| Ok(()));
         }
-        let mut crc = crate::crc32::Crc32::new();
+        let mut crc = crc32fast::Hasher::new();
         self.read()?.row_major_le_bytes(|bytes| {
             crc.update(bytes);
             Ok::<_, Error>(())
         })?;
-        Ok(crc.value())
+        Ok(crc.finalize())
     }
 }
 

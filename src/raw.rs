@@ -11,15 +11,19 @@
     )
 )]
 
-use crate::crc32::Crc32;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::Values;
+use crc32fast::Hasher as Crc32;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
+use std::sync::mpsc::sync_channel;
 
 /// Bytes moved at a time. A multiple of every element's size.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
+
+/// Memory is touched so far ahead of being read into.
+const TOUCHED_BYTES: usize = 4 << 20;
 
 /// Bytes, and how far they have been read.
 #[derive(Clone, Debug)]
@@ -139,7 +143,51 @@ pub(crate) fn pump(
         }
         at = next;
     }
-    Ok(crc.value())
+    Ok(crc.finalize())
+}
+
+/// The `count` elements that `reader` is at, read straight into their place, and the checksum of their bytes.
+pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -> Result<(Values, u32)> {
+    let mut values = Values::try_zeroed(dtype, count)?;
+    let Some(bytes) = values.le_bytes_mut() else {
+        let mut values = Values::try_with_capacity(dtype, count)?;
+        let bytes = (count as u64).saturating_mul(dtype.size_bytes() as u64);
+        let crc = pump(reader, &mut Vec::new(), 0..bytes, &(0..bytes), &mut |bytes| {
+            values.push_le_bytes(bytes);
+            Ok(())
+        })?;
+        return Ok((values, crc));
+    };
+    let (mut crc, mut at, end) = (Crc32::new(), 0usize, bytes.len());
+    let mut take = |piece: &mut [u8]| {
+        let filled = fill(&mut reader, piece);
+        let filled = filled.map_err(|e| Error::io(format!("cannot read on at byte {at} of {end}"), e))?;
+        at = at.saturating_add(filled);
+        crc.update(piece);
+        match filled == piece.len() {
+            true => Ok(()),
+            false => Err(Error::format(format!("the data ends at byte {at}, {end} are needed"))),
+        }
+    };
+    if end <= TOUCHED_BYTES {
+        bytes.chunks_mut(PIECE_BYTES).try_for_each(take)?;
+        return Ok((values, crc.finalize()));
+    }
+    // The system clears each page of new memory when it is first touched, which takes longer than to read the file: another
+    // thread, which is some pieces ahead, has it done.
+    std::thread::scope(|scope| {
+        let (touched, pieces) = sync_channel(TOUCHED_BYTES / PIECE_BYTES);
+        scope.spawn(move || {
+            for piece in bytes.chunks_mut(PIECE_BYTES) {
+                piece.fill(0);
+                if touched.send(piece).is_err() {
+                    return; // Reading has failed.
+                }
+            }
+        });
+        pieces.into_iter().try_for_each(&mut take)
+    })?;
+    Ok((values, crc.finalize()))
 }
 
 /// Elements that lie in a file as they are, one after the other.
@@ -168,18 +216,19 @@ impl Block {
         sink: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<u32> {
         let bytes = (self.elements as u64).saturating_mul(self.dtype.size_bytes() as u64);
-        reader.seek(SeekFrom::Start(self.at)).map_err(|e| Error::io(format!("cannot seek to byte {}", self.at), e))?;
+        self.seek(reader)?;
         pump(reader, &mut Vec::new(), 0..bytes, &(0..bytes), sink)
     }
 
     /// The elements.
     pub(crate) fn read<R: Read + Seek>(self, reader: &mut R) -> Result<Values> {
-        let mut values = Values::try_with_capacity(self.dtype, self.elements)?;
-        self.stream(reader, &mut |bytes| {
-            values.push_le_bytes(bytes);
-            Ok(())
-        })?;
-        Ok(values)
+        self.seek(reader)?;
+        Ok(read_elements(reader, self.dtype, self.elements)?.0)
+    }
+
+    fn seek(self, reader: &mut impl Seek) -> Result<()> {
+        let to = reader.seek(SeekFrom::Start(self.at));
+        to.map(drop).map_err(|e| Error::io(format!("cannot seek to byte {}", self.at), e))
     }
 }
 
@@ -209,11 +258,33 @@ mod tests {
                 got.extend_from_slice(b);
                 Ok(())
             });
-            assert_eq!(crc.unwrap(), crate::crc32::crc32(&bytes));
+            assert_eq!(crc.unwrap(), crc32fast::hash(&bytes));
             assert_eq!(got, bytes[wanted.start as usize..wanted.end as usize]);
         }
         let cut = pump(&bytes[..10], &mut Vec::new(), 0..11, &(0..11), &mut |_| Ok(())).unwrap_err();
         assert!(cut.to_string().contains("ends at byte 10, 11 are needed"), "{cut}");
+    }
+
+    #[test]
+    fn elements_are_read_in_place_whatever_their_number_and_type() {
+        let bytes: Vec<u8> = (0..3 * TOUCHED_BYTES as u32).map(|i| (i % 251) as u8).collect();
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::I64, Dtype::U8, Dtype::Bool] {
+            for len in [0, 8, PIECE_BYTES, PIECE_BYTES + 8, TOUCHED_BYTES, TOUCHED_BYTES + 8, bytes.len()] {
+                let (count, bytes) = (len / dtype.size_bytes(), &bytes[..len]);
+                let mut pushed = Values::with_capacity(dtype, count);
+                pushed.push_le_bytes(bytes);
+                let (values, crc) = read_elements(bytes, dtype, count).unwrap();
+                let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+                values.le_bytes(0, count, &mut ours);
+                pushed.le_bytes(0, count, &mut theirs);
+                assert!(ours == theirs && values.len() == count, "{len} bytes of {dtype}");
+                assert_eq!(crc, crc32fast::hash(bytes), "{len} bytes of {dtype}");
+                if len > 0 {
+                    let error = read_elements(&bytes[1..], dtype, count).unwrap_err().to_string();
+                    assert!(error.contains(&format!("ends at byte {}, {len} are needed", len - 1)), "{error}");
+                }
+            }
+        }
     }
 
     #[test]

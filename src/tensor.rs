@@ -7,6 +7,7 @@
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use half::{bf16, f16};
+use zerocopy::{FromZeros, IntoBytes};
 
 /// A Rust type that is the element of a [`Values`] variant, and its little-endian bytes.
 pub trait Element: Copy + Default + PartialEq + Send + Sync + 'static {
@@ -64,6 +65,20 @@ macro_rules! values {
                         let mut values = Vec::new();
                         values.try_reserve_exact(capacity).map_err(refuse)?;
                         Ok(Values::$variant(values))
+                    })*
+                }
+            }
+
+            /// `count` zeros, in memory that the system has not touched yet.
+            ///
+            /// # Errors
+            /// There is not enough memory.
+            pub fn try_zeroed(dtype: Dtype, count: usize) -> Result<Self> {
+                let refuse =
+                    |_| Error::new(ErrorKind::Io, format!("no memory for {count} elements of {dtype}"));
+                match dtype {
+                    $(Dtype::$variant => {
+                        Ok(Values::$variant(<$ty>::new_vec_zeroed(count).map_err(refuse)?))
                     })*
                 }
             }
@@ -148,6 +163,25 @@ values! {
 }
 
 impl Values {
+    /// The memory of the elements, where that is their little-endian bytes and any bytes make elements: not of bools.
+    pub(crate) fn le_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        if cfg!(target_endian = "big") {
+            return None;
+        }
+        match self {
+            Values::F64(v) => Some(v.as_mut_bytes()),
+            Values::F32(v) => Some(v.as_mut_bytes()),
+            Values::F16(v) => Some(v.as_mut_bytes()),
+            Values::BF16(v) => Some(v.as_mut_bytes()),
+            Values::I64(v) => Some(v.as_mut_bytes()),
+            Values::I32(v) => Some(v.as_mut_bytes()),
+            Values::I16(v) => Some(v.as_mut_bytes()),
+            Values::I8(v) => Some(v.as_mut_bytes()),
+            Values::U8(v) => Some(v.as_mut_bytes()),
+            Values::Bool(_) => None,
+        }
+    }
+
     /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

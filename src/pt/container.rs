@@ -6,9 +6,11 @@
 //! their place in the file; deflated ones are decoded by the `zip` crate, one record at a time. Every byte that is handed
 //! out has passed the record's checksum in the end, or the call fails.
 
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic;
-use crate::raw::{Bytes, length, pump, read_at};
+use crate::raw::{Bytes, length, pump, read_at, read_elements};
+use crate::tensor::Values;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -160,20 +162,38 @@ impl<R: Read + Seek> Container<R> {
             unpack(&mut packed, &mut self.buffer, size, &range, sink)
         };
         let crc = result.map_err(|e| e.at(&name))?;
-        if partial {
-            return Ok(None);
+        match partial {
+            true => Ok(None),
+            false => self.verify(index, crc).map(Some),
         }
+    }
+
+    /// All of a stored record as `count` elements, which are read straight into their place.
+    pub(crate) fn read_elements(&mut self, index: usize, dtype: Dtype, count: usize) -> Result<Values> {
+        let record = self.record(index)?;
+        let (name, size) = (record.name.clone(), record.size);
+        let data = record.data.as_ref().copied().unwrap_or_default();
+        if record.method != STORED || (count as u64).checked_mul(dtype.size_bytes() as u64) != Some(size) {
+            return Err(Error::usage(format!("not stored as {count} elements of {dtype}")).at(name));
+        }
+        self.reader.seek(SeekFrom::Start(data)).map_err(|e| Error::io("cannot seek", e).at(&name))?;
+        self.work = self.work.saturating_add(size);
+        let (values, crc) = read_elements(&mut self.reader, dtype, count).map_err(|e| e.at(name))?;
+        self.verify(index, crc)?;
+        Ok(values)
+    }
+
+    /// Compares the checksum of a record that was read in full.
+    fn verify(&mut self, index: usize, crc: u32) -> Result<u32> {
         if let Some(record) = self.records.get_mut(index) {
             // 0 here and (they agree) everywhere else: no checksum was written.
             if record.crc != 0 && record.crc != crc {
-                let needed = record.crc;
-                return Err(
-                    Error::format(format!("checksum (CRC-32) is {crc:08x}, the directory has {needed:08x}")).at(name)
-                );
+                let what = format!("checksum (CRC-32) is {crc:08x}, the directory has {:08x}", record.crc);
+                return Err(Error::format(what).at(&record.name));
             }
             record.verified = true;
         }
-        Ok(Some(crc))
+        Ok(crc)
     }
 
     /// The whole record, of at most `limit` bytes.

@@ -28,11 +28,11 @@ pub use pickle::TensorRef;
 pub use value::{BigInt, Entries, Items, PathPart, Value, dotted};
 pub use write::{Save, TensorSource, Writer, write_state_dict};
 
-use crate::crc32::Crc32;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::{Positions, Tensor, Values, is_dense, row_major_strides};
 use container::Container;
+use crc32fast::Hasher as Crc32;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::ops::Range;
@@ -209,7 +209,7 @@ impl<R: Read + Seek> PtFile<R> {
                 }
                 Ok(())
             })?;
-            return Ok(record.filter(|_| whole).unwrap_or(crc.value()));
+            return Ok(record.filter(|_| whole).unwrap_or(crc.finalize()));
         }
         // The byte of a bool may be other than 0 and 1 in a file; the checksum is of the bytes.
         let dtype = if tensor.dtype == Dtype::Bool { Dtype::U8 } else { tensor.dtype };
@@ -221,7 +221,7 @@ impl<R: Read + Seek> PtFile<R> {
             piece.clear();
             block.gather_le_bytes(positions.by_ref().take(8 << 10), &mut piece);
             if piece.is_empty() {
-                return Ok(crc.value());
+                return Ok(crc.finalize());
             }
             crc.update(&piece);
         }
@@ -250,10 +250,12 @@ impl<R: Read + Seek> PtFile<R> {
         if count == 0 {
             return Ok(Values::with_capacity(dtype, 0));
         }
+        let (stored, range) = (self.container.is_stored(tensor.record), byte_range(tensor, from, count)?);
+        if stored && range == (0..tensor.storage_bytes) {
+            return self.container.read_elements(tensor.record, dtype, count);
+        }
         // The bytes of a stored record are in the file; what a deflated one claims to be is not allocated before it comes.
-        let room = if self.container.is_stored(tensor.record) { count } else { 0 };
-        let mut values = Values::try_with_capacity(dtype, room)?;
-        let range = byte_range(tensor, from, count)?;
+        let mut values = Values::try_with_capacity(dtype, if stored { count } else { 0 })?;
         self.container.stream(tensor.record, range, &mut |bytes| {
             values.push_le_bytes(bytes);
             Ok(())

@@ -6,10 +6,10 @@
 //! or address in them: the same values give the same bytes.
 
 use super::value::PathPart;
-use crate::crc32::Crc32;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::{Tensor, element_count, is_dense};
+use crc32fast::Hasher as Crc32;
 use std::collections::HashMap;
 use std::io::Write;
 
@@ -258,7 +258,7 @@ impl<W: Write> Writer<W> {
         if written != size {
             return Err(Error::usage(format!("{written} bytes were given, the shape needs {size}")).at(name));
         }
-        let crc = crc.value();
+        let crc = crc.finalize();
         self.records.push(Written { name, crc, size, header: header_at });
         if size == 0 {
             return Ok(());

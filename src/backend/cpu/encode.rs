@@ -17,10 +17,14 @@
 //! ```
 //!
 //! The latent `relu(s + b)` is zero if `e + b + bound < 0`.
+//!
+//! Of few rows of x the estimate is one of 8 bits an element, w' from a [`Sketch`] and x' = x: there it is memory that screening
+//! saves.
 
 use super::kernels::{self, segment_groups, segment_len};
 use super::matrix::{Found, Latents, Matrix, not_zero};
 use super::product::{BLOCK_ROWS, PAIR_SEGMENT, Packed, Resident};
+use super::sketch::Sketch;
 use super::threads::{for_each, for_rows, pieces};
 use super::{Cpu, view_mut};
 use crate::backend::Scalar;
@@ -44,6 +48,12 @@ const SCREENED_ROWS: usize = 64;
 /// take some eight times as long as products in tiles.
 const SCREENED_SHARE: f64 = 0.06;
 
+/// The same for few rows, where both take as long as reading the weights does.
+const SKETCHED_SHARE: f64 = 0.5;
+
+/// Weights of fewer elements are read as fast from the caches. (Tests are about small ones.)
+const SKETCHED_ELEMENTS: usize = if cfg!(test) { 1 << 10 } else { 1 << 23 };
+
 /// After a block that screening did not help, this many go without.
 const UNSCREENED_BLOCKS: usize = 7;
 
@@ -57,13 +67,19 @@ struct Rows<'a, T> {
     threads: usize,
     /// Packed for products that are not screened; made when first needed.
     packed: OnceLock<Packed<T>>,
-    screen: Option<Screen<T>>,
+    screen: Option<Screen<'a, T>>,
+}
+
+/// What products are estimated from.
+enum Estimate<'a, T> {
+    /// x in pairs of bfloat16.
+    Pairs(Packed<T>),
+    Sketch(&'a Sketch<T>),
 }
 
 /// What screening needs of x.
-struct Screen<T> {
-    /// In pairs of bfloat16.
-    packed: Packed<T>,
+struct Screen<'a, T> {
+    estimate: Estimate<'a, T>,
     /// Interleaved rows.
     rows: super::buffers::Buffer<T>,
     /// For each row of x at least ‖x‖ and ‖x - x'‖.
@@ -79,14 +95,14 @@ struct State<T> {
 }
 
 /// γ: at most this many roundings of relative error 2^-24 touch a term, in the tiled sum and in the estimate (where a pair
-/// may round four times), with some room.
+/// may round four times, or each of 64 lanes), with some room.
 fn roundings(k: usize) -> f32 {
-    let segments = 16 * segment_groups(k) + k.div_ceil(PAIR_SEGMENT);
+    let segments = 16 * segment_groups(k) + k.div_ceil(PAIR_SEGMENT) + k.div_ceil(kernels::GROUP);
     (segment_len(k) + 2 * PAIR_SEGMENT.min(k) + segments + 16) as f32 * 2f32.powi(-24)
 }
 
 /// At least the norm of `k` numbers whose squares sum to `squares` in float32. Squares of numbers below 2^-60 may be lost.
-fn norm_bound(squares: f32, k: usize) -> f32 {
+pub(super) fn norm_bound(squares: f32, k: usize) -> f32 {
     squares.sqrt() * 1.001 + (k as f32).sqrt() * 2f32.powi(-60)
 }
 
@@ -232,7 +248,7 @@ impl<T: Scalar> Cpu<T> {
     fn screen_block(
         &self,
         rows: &Rows<'_, T>,
-        screen: &Screen<T>,
+        screen: &Screen<'_, T>,
         h: Range<usize>,
         tile: &mut [T],
         candidates: &mut Vec<(u32, u32)>,
@@ -240,13 +256,27 @@ impl<T: Scalar> Cpu<T> {
         let (k, n) = (rows.x.cols, h.len());
         let narrow = |v: f32| T::narrow(f64::from(v));
         let gamma = roundings(k);
-        screen.packed.times(&self.shop, &rows.w.rows_side(), h.clone(), tile);
+        let share = match &screen.estimate {
+            Estimate::Pairs(packed) => {
+                packed.times(&self.shop, &rows.w.rows_side(), h.clone(), tile);
+                SCREENED_SHARE
+            }
+            Estimate::Sketch(sketch) => {
+                sketch.times(self, rows.x_rows(), h.clone(), tile);
+                SKETCHED_SHARE
+            }
+        };
         let mut thresholds = [T::zero(); BLOCK_ROWS];
         let (mut w_errors, mut w_norms) = (thresholds, thresholds);
         let mut scratch = self.shop.scratch.take();
         for (j, h) in h.clone().enumerate() {
-            let (squares, errors) = kernels::rounding_squares(self.level(), rows.w.rows(h..h + 1, &mut scratch));
-            let (norm, error) = (norm_bound(squares, k), norm_bound(errors, k));
+            let [norm, error] = match &screen.estimate {
+                Estimate::Pairs(_) => {
+                    let w = rows.w.rows(h..h + 1, &mut scratch);
+                    kernels::rounding_squares(self.level(), w).map(|squares| norm_bound(squares, k))
+                }
+                Estimate::Sketch(sketch) => sketch.bounds(h),
+            };
             let rounded = norm + error;
             // The sums stay far from overflow, or nothing is claimed.
             let claim = if rounded * screen.largest < 1e37 { 1.0 } else { f32::NAN };
@@ -256,7 +286,7 @@ impl<T: Scalar> Cpu<T> {
             thresholds[j] = narrow(bias + bias.abs() * 2f32.powi(-20) + 2f32.powi(-90));
         }
         candidates.clear();
-        let most = (SCREENED_SHARE * tile.len() as f64) as usize;
+        let most = (share * tile.len() as f64) as usize;
         for (b, row) in tile.chunks_exact_mut(n).enumerate() {
             let x = screen.norms[b].map(narrow);
             kernels::candidates(self.level(), b as u32, row, &thresholds, x, &w_errors, &w_norms, candidates);
@@ -330,6 +360,11 @@ impl<T: Scalar> Cpu<T> {
         self.dtype == Dtype::F32 && self.level().has_pairs() && size_of::<T>() == size_of::<f32>()
     }
 
+    /// Whether products of few rows are screened by sketches.
+    fn sketches(&self) -> bool {
+        self.dtype == Dtype::F32 && size_of::<T>() == size_of::<f32>()
+    }
+
     fn block(&self, rows: &Rows<'_, T>) -> usize {
         self.shop.block_rows(rows.threads, rows.w.rows)
     }
@@ -353,15 +388,22 @@ impl<'a, T: Scalar> Rows<'a, T> {
         let few = rows.range.len() <= FEW_ROWS;
         if screened && cpu.screens() && x.cols >= SCREENED_TERMS && rows.range.len() >= SCREENED_ROWS {
             rows.screen = Some(rows.screen(cpu));
-        } else if !few {
+        } else if few {
+            let sketched = screened && cpu.sketches() && w.rows * w.cols >= SKETCHED_ELEMENTS;
+            let sketch = if sketched { w.sketch(cpu) } else { None };
+            rows.screen = sketch.map(|sketch| rows.sketched(cpu, sketch));
+        } else {
             rows.packed = rows.pack(cpu, threads).into();
         }
         rows
     }
 
+    fn x_rows(&self) -> &'a [T] {
+        &self.x.full()[self.range.start * self.x.cols..self.range.end * self.x.cols]
+    }
+
     fn side(&self) -> kernels::Side<'a, T> {
-        let full = &self.x.full()[self.range.start * self.x.cols..self.range.end * self.x.cols];
-        let source = kernels::Source::Full(full);
+        let source = kernels::Source::Full(self.x_rows());
         kernels::Side { source, rows: self.range.len(), row_stride: self.x.cols, term_stride: 1 }
     }
 
@@ -371,25 +413,36 @@ impl<'a, T: Scalar> Rows<'a, T> {
         cpu.shop.pack(threads, &self.side(), Resident::Left, 0..k, segment, cpu.in_pairs())
     }
 
-    fn screen(&self, cpu: &Cpu<T>) -> Screen<T> {
+    /// Screening by pairs of bfloat16.
+    fn screen(&self, cpu: &Cpu<T>) -> Screen<'a, T> {
         let k = self.x.cols;
         let packed = cpu.shop.pack(self.threads, &self.side(), Resident::Left, 0..k, PAIR_SEGMENT, true);
+        self.screen_by(cpu, Estimate::Pairs(packed), |row| {
+            kernels::rounding_squares(cpu.level(), row).map(|squares| norm_bound(squares, k))
+        })
+    }
+
+    /// Screening by a sketch of w.
+    fn sketched(&self, cpu: &Cpu<T>, sketch: &'a Sketch<T>) -> Screen<'a, T> {
+        self.screen_by(cpu, Estimate::Sketch(sketch), |row| {
+            [norm_bound(kernels::sum_of_squares(cpu.level(), row).wide() as f32, row.len()), 0.0]
+        })
+    }
+
+    /// `norms` gives at least ‖x‖ and ‖x - x'‖ of a row.
+    fn screen_by(&self, cpu: &Cpu<T>, estimate: Estimate<'a, T>, norms: impl Fn(&[T]) -> [f32; 2]) -> Screen<'a, T> {
+        let k = self.x.cols;
         let len = kernels::interleaved_len(k);
         let mut rows = cpu.shop.full.take(self.range.len() * len);
-        let row = |i: usize| &self.x.full()[(self.range.start + i) * k..][..k];
+        let row = |i: usize| &self.x_rows()[i * k..(i + 1) * k];
         for_rows(self.threads, &mut rows, len, 1, |first, out| {
             for (i, out) in out.chunks_exact_mut(len).enumerate() {
                 kernels::interleave(cpu.level(), row(first + i), out);
             }
         });
-        let norms: Vec<[f32; 2]> = (0..self.range.len())
-            .map(|i| {
-                let (squares, errors) = kernels::rounding_squares(cpu.level(), row(i));
-                [norm_bound(squares, k), norm_bound(errors, k)]
-            })
-            .collect();
+        let norms: Vec<[f32; 2]> = (0..self.range.len()).map(|i| norms(row(i))).collect();
         let largest = norms.iter().fold(0f32, |largest, n| largest.max(n[0]));
-        Screen { packed, rows, norms, largest }
+        Screen { estimate, rows, norms, largest }
     }
 }
 
@@ -421,8 +474,12 @@ mod tests {
         cpu.encode(&xm, &wm, &bm, &mut latents).unwrap();
         let mut out = vec![0.0; x.len() / k * h];
         cpu.download_latents(&latents, &mut out).unwrap();
-        // Which nan it is, and the sign of a zero, are nobody's.
-        out.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { (v + 0.0).to_bits() }).collect()
+        bits(&out)
+    }
+
+    /// Which nan it is, and the sign of a zero, are nobody's.
+    fn bits(v: &[f32]) -> Vec<u32> {
+        v.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { (v + 0.0).to_bits() }).collect()
     }
 
     /// With screening, without it, dense: one result, to the bit.
@@ -478,6 +535,59 @@ mod tests {
 
     #[test]
     fn screening_changes_no_bit_of_extreme_numbers() {
+        for (what, x, w, b) in extreme_numbers() {
+            assert_screening_changes_nothing(what, &x, &w, &b);
+        }
+    }
+
+    /// Encoded again and again until there is a sketch: one result, to the bit.
+    #[test]
+    fn a_sketch_changes_no_bit() {
+        let (x, w) = (numbers(BATCH * TERMS, 1), numbers(HIDDEN * TERMS, 2));
+        let plain =
+            [-100.0, -20.0, -16.0, -8.0, 0.0, 100.0].map(|bias| ("bias", x.clone(), w.clone(), vec![bias; HIDDEN]));
+        for (what, x, w, b) in plain.into_iter().chain(extreme_numbers()) {
+            for &level in Level::available() {
+                let cpu = Cpu::<f32>::new(Dtype::F32).with_level(level).with_threads(2);
+                let wm = cpu.upload(HIDDEN, TERMS, Values::F32(w.clone())).unwrap();
+                let bm = cpu.upload(1, HIDDEN, Values::F32(b.clone())).unwrap();
+                let encode = |rows: Range<usize>| {
+                    let (mut xm, mut latents) = (Matrix::default(), Latents::default());
+                    cpu.fill(rows.len(), TERMS, &x[rows.start * TERMS..rows.end * TERMS], &mut xm).unwrap();
+                    cpu.encode(&xm, &wm, &bm, &mut latents).unwrap();
+                    let mut out = vec![0.0; rows.len() * HIDDEN];
+                    cpu.download_latents(&latents, &mut out).unwrap();
+                    bits(&out)
+                };
+                let all = encode(0..BATCH);
+                let few: Vec<Range<usize>> = (0..BATCH).map(|b| b..(b + 1 + b % FEW_ROWS).min(BATCH)).collect();
+                for rows in few {
+                    let ours = encode(rows.clone());
+                    assert_eq!(ours, all[rows.start * HIDDEN..rows.end * HIDDEN], "{what} {rows:?} {}", level.name());
+                }
+                assert!(wm.has_sketch());
+            }
+        }
+    }
+
+    #[test]
+    fn a_sketch_goes_with_the_elements() {
+        let cpu = Cpu::<f32>::new(Dtype::F32);
+        let (mut xm, mut latents) = (Matrix::default(), Latents::default());
+        cpu.fill(1, TERMS, &numbers(TERMS, 1), &mut xm).unwrap();
+        let mut wm = cpu.upload(HIDDEN, TERMS, Values::F32(numbers(HIDDEN * TERMS, 2))).unwrap();
+        let bm = cpu.upload(1, HIDDEN, Values::F32(vec![0.0; HIDDEN])).unwrap();
+        for _ in 0..3 {
+            assert!(!wm.has_sketch());
+            cpu.encode(&xm, &wm, &bm, &mut latents).unwrap();
+        }
+        assert!(wm.has_sketch());
+        wm.full_mut(cpu.level())[0] = 1.0;
+        assert!(!wm.has_sketch());
+    }
+
+    /// Activations, weights and biases.
+    fn extreme_numbers() -> Vec<(&'static str, Vec<f32>, Vec<f32>, Vec<f32>)> {
         let (mut x, mut w) = (numbers(BATCH * TERMS, 5), numbers(HIDDEN * TERMS, 6));
         let mut b = vec![-12.0; HIDDEN];
         // Columns as far apart as activations have them, and a row of each extreme.
@@ -492,11 +602,11 @@ mod tests {
         w[4 * TERMS..5 * TERMS].fill(3e38);
         (b[1], b[2], b[3]) = (-1e-24, 0.0, 0.0);
         (b[5], b[6], b[7]) = (-3e38, 1e-40, -1e-40);
-        assert_screening_changes_nothing("extreme", &x, &w, &b);
+        let finite = ("extreme", x.clone(), w.clone(), b.clone());
         (x[5 * TERMS], x[6 * TERMS + 1], x[8 * TERMS + 600]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
         (w[9 * TERMS + 3], w[10 * TERMS], b[11], b[12]) = (f32::NAN, f32::NEG_INFINITY, f32::NAN, f32::INFINITY);
         b[13] = f32::NEG_INFINITY;
-        assert_screening_changes_nothing("not finite", &x, &w, &b);
+        vec![finite, ("not finite", x, w, b)]
     }
 
     #[test]

@@ -554,6 +554,65 @@ fn scatter_row_body<T: Scalar, const FMA: bool>(out: &mut [T], row: &[T], rows: 
     }
 }
 
+/// Elements that share a scale in a [`super::sketch::Sketch`].
+pub(super) const GROUP: usize = 64;
+
+at_each_level! {
+    /// `w' = scale · code` for each group of a row, code in -127 … 127; returns `[Σ w², Σ (w - w')²]`.
+    fn sketch<T>(row: &[T], codes: &mut [i8], scales: &mut [T]) -> [T; 2] = sketch_body
+}
+
+#[inline(always)]
+fn sketch_body<T: Scalar, const FMA: bool>(row: &[T], codes: &mut [i8], scales: &mut [T]) -> [T; 2] {
+    let (zero, most) = (T::zero(), T::narrow(127.0));
+    let mut sums = [[zero; GROUP]; 2];
+    for ((w, codes), scale) in row.chunks(GROUP).zip(codes.chunks_mut(GROUP)).zip(scales) {
+        // nan is no maximum here; it makes the error nan below.
+        let largest = w.iter().fold(zero, |largest, w| if w.abs() > largest { w.abs() } else { largest });
+        *scale = largest / most;
+        let inverse = if largest > zero { most / largest } else { zero };
+        for (i, (&w, code)) in w.iter().zip(codes).enumerate() {
+            // Halves go to the even neighbour, by an addition that leaves no bits behind the point.
+            let point = T::narrow(1.5 * 2f64.powi(if is::<T, f32>() { 23 } else { 52 }));
+            let rounded = (w * inverse + point) - point;
+            *code = rounded.wide() as i8;
+            let error = fma::<T, FMA>(-T::narrow(f64::from(*code)), *scale, w);
+            sums[0][i] = fma::<T, FMA>(w, w, sums[0][i]);
+            sums[1][i] = fma::<T, FMA>(error, error, sums[1][i]);
+        }
+    }
+    sums.map(|lanes| lanes.into_iter().sum())
+}
+
+at_each_level! {
+    /// `Σ x[i] · scale · code[i]`, the lanes of [`fold`].
+    fn sketch_dot<T>(x: &[T], codes: &[i8], scales: &[T]) -> T = sketch_dot_body
+}
+
+#[inline(always)]
+fn sketch_dot_body<T: Scalar, const FMA: bool>(x: &[T], codes: &[i8], scales: &[T]) -> T {
+    let mut lanes = [T::zero(); GROUP];
+    let ((xs, x_rest), (groups, rest)) = (x.as_chunks::<GROUP>(), codes.as_chunks::<GROUP>());
+    for ((x, codes), &scale) in xs.iter().zip(groups).zip(scales) {
+        for i in 0..GROUP {
+            lanes[i] = fma::<T, FMA>(x[i] * T::narrow(f64::from(codes[i])), scale, lanes[i]);
+        }
+    }
+    if let Some(&scale) = scales.get(groups.len()) {
+        for (lane, (&x, &code)) in lanes.iter_mut().zip(x_rest.iter().zip(rest)) {
+            *lane = fma::<T, FMA>(x * T::narrow(f64::from(code)), scale, *lane);
+        }
+    }
+    let mut half = GROUP / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Products
 
@@ -946,8 +1005,8 @@ pub(super) fn multiply_pairs<T: Scalar>(
     }
 }
 
-/// `(Σ v², Σ (v - v')²)` where v' is v rounded as [`pack_pairs`] rounds it.
-pub(super) fn rounding_squares<T: Scalar>(level: Level, row: &[T]) -> (f32, f32) {
+/// `[Σ v², Σ (v - v')²]` where v' is v rounded as [`pack_pairs`] rounds it.
+pub(super) fn rounding_squares<T: Scalar>(level: Level, row: &[T]) -> [f32; 2] {
     let row = same::<T, f32>(row).expect("pairs are made of float32");
     assert!(level.has_pairs());
     #[cfg(target_arch = "x86_64")]
@@ -1275,7 +1334,7 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
-    pub(super) fn rounding_squares(row: &[f32]) -> (f32, f32) {
+    pub(super) fn rounding_squares(row: &[f32]) -> [f32; 2] {
         let mut sums = [[_mm512_setzero_ps(); 2]; 2];
         for at in (0..row.len()).step_by(32) {
             // SAFETY: `at` lies in the row, and the rest of the row is as long as said.
@@ -1290,7 +1349,7 @@ mod avx512 {
             }
         }
         let total = |s: [__m512; 2]| _mm512_reduce_add_ps(_mm512_add_ps(s[0], s[1]));
-        (total(sums[0]), total(sums[1]))
+        [total(sums[0]), total(sums[1])]
     }
 
     /// See [`super::interleave`]: the rows that are transposed are the segments.
@@ -1447,7 +1506,7 @@ mod tests {
                     assert!((f64::from(c[i]) - naive).abs() <= 2.4e-7 * (k * k) as f64 + 1e-30, "{m} {n} {k}");
                 }
             }
-            let (squares, errors) = rounding_squares(level, &x);
+            let [squares, errors] = rounding_squares(level, &x);
             let naive = |f: &dyn Fn(usize) -> f64| (0..x.len()).map(|i| f(i).powi(2)).sum::<f64>();
             let (s, e) = (naive(&|i| f64::from(x[i])), naive(&|i| f64::from(x[i]) - xh[i].to_f64()));
             assert!((f64::from(squares) - s).abs() <= 1e-4 * s && (f64::from(errors) - e).abs() <= 1e-4 * e);

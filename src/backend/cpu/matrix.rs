@@ -1,6 +1,8 @@
 //! Matrices and latents in the host's memory.
 
+use super::Cpu;
 use super::kernels::{self, Level, Side, Source};
+use super::sketch::Sketch;
 use crate::backend::{Scalar, Shaped};
 use crate::dtype::Dtype;
 use crate::tensor::Values;
@@ -8,6 +10,7 @@ use half::{bf16, f16};
 use std::ops::Range;
 use std::slice::ChunksMut;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 /// A dense row-major matrix. Parameters in float16 and bfloat16 are stored in these types; everything else is stored in
 /// `T`, its values rounded to the dtype. The gradient of a weight may be kept as the sparse product that it is.
@@ -20,7 +23,31 @@ pub struct Matrix<T> {
     /// forgotten when elements change.
     finite: OnceLock<bool>,
     norm: OnceLock<f64>,
+    sketch: Sketched<T>,
 }
+
+/// A sketch, made when the same elements are screened for few rows again and again.
+#[derive(Debug)]
+struct Sketched<T> {
+    wishes: AtomicU8,
+    sketch: OnceLock<Sketch<T>>,
+}
+
+impl<T> Default for Sketched<T> {
+    fn default() -> Self {
+        Sketched { wishes: AtomicU8::new(0), sketch: OnceLock::new() }
+    }
+}
+
+impl<T> Clone for Sketched<T> {
+    /// A copy begins without.
+    fn clone(&self) -> Self {
+        Sketched::default()
+    }
+}
+
+/// So many times the elements themselves are read before a sketch of them is made, which takes about as long as twice more.
+const WISHES: u8 = 2;
 
 #[derive(Clone, Debug)]
 enum Store<T> {
@@ -83,12 +110,27 @@ impl<T: Scalar> Matrix<T> {
             }
             (values, _) => Store::Full(T::from_values(values)),
         };
-        Matrix { rows, cols, store, finite: OnceLock::new(), norm: OnceLock::new() }
+        Matrix { rows, cols, store, ..Self::default() }
     }
 
     /// What was known of the elements is forgotten.
     fn forget(&mut self) {
         (self.finite, self.norm) = Default::default();
+        self.sketch = Sketched::default();
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_sketch(&self) -> bool {
+        self.sketch.sketch.get().is_some()
+    }
+
+    /// The sketch of these elements, once it was asked for often enough.
+    pub(super) fn sketch(&self, cpu: &Cpu<T>) -> Option<&Sketch<T>> {
+        let Sketched { wishes, sketch } = &self.sketch;
+        if sketch.get().is_none() && wishes.fetch_add(1, Relaxed) < WISHES {
+            return None;
+        }
+        Some(sketch.get_or_init(|| Sketch::new(cpu, self)))
     }
 
     /// All elements, to be written: resized to [rows, cols], contents unspecified, stored in `T`.

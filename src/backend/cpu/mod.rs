@@ -8,6 +8,7 @@ mod encode;
 mod kernels;
 mod matrix;
 mod product;
+mod sketch;
 mod threads;
 
 pub use matrix::{Latents, Matrix};
