@@ -335,14 +335,12 @@ impl<B: Backend> TensorSource for Source<'_, B> {
     fn le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let (rows, cols) = self.matrix.shape();
         let (mut at, total) = (0, rows * cols);
-        let mut bytes = Vec::new();
         while at < total {
             let mut piece = vec![B::Scalar::default(); SAVE_ELEMENTS.min(total - at)];
             self.backend.download(self.matrix, at, &mut piece)?;
             at += piece.len();
-            bytes.clear();
-            B::Scalar::wrap(piece).cast(self.backend.dtype())?.le_bytes(0, SAVE_ELEMENTS, &mut bytes);
-            sink(&bytes)?;
+            let values = B::Scalar::wrap(piece).cast(self.backend.dtype())?;
+            values.each_le_bytes(&mut *sink)?;
         }
         Ok(())
     }

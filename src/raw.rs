@@ -17,13 +17,16 @@ use crate::tensor::Values;
 use crc32fast::Hasher as Crc32;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 /// Bytes moved at a time. A multiple of every element's size.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
 /// Memory is touched so far ahead of being read into.
 const TOUCHED_BYTES: usize = 4 << 20;
+
+/// By so many threads at most.
+const MOST_TOUCHING: usize = 8;
 
 /// Bytes, and how far they have been read.
 #[derive(Clone, Debug)]
@@ -149,7 +152,7 @@ pub(crate) fn pump(
 /// The `count` elements that `reader` is at, read straight into their place, and the checksum of their bytes.
 pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -> Result<(Values, u32)> {
     let mut values = Values::try_zeroed(dtype, count)?;
-    let Some(bytes) = values.le_bytes_mut() else {
+    let Some(bytes) = values.as_mut_le_bytes() else {
         let mut values = Values::try_with_capacity(dtype, count)?;
         let bytes = (count as u64).saturating_mul(dtype.size_bytes() as u64);
         let crc = pump(reader, &mut Vec::new(), 0..bytes, &(0..bytes), &mut |bytes| {
@@ -159,7 +162,7 @@ pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -
         return Ok((values, crc));
     };
     let (mut crc, mut at, end) = (Crc32::new(), 0usize, bytes.len());
-    let mut take = |piece: &mut [u8]| {
+    let take = |piece: &mut [u8]| {
         let filled = fill(&mut reader, piece);
         let filled = filled.map_err(|e| Error::io(format!("cannot read on at byte {at} of {end}"), e))?;
         at = at.saturating_add(filled);
@@ -173,19 +176,32 @@ pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -
         bytes.chunks_mut(PIECE_BYTES).try_for_each(take)?;
         return Ok((values, crc.finalize()));
     }
-    // The system clears each page of new memory when it is first touched, which takes longer than to read the file: another
-    // thread, which is some pieces ahead, has it done.
+    // The system clears each page of new memory when it is first touched, which takes longer than to read the file: other
+    // threads, some pieces ahead, have it done. Piece i comes from thread i modulo their number.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_TOUCHING);
+    let mut shares: Vec<Vec<&mut [u8]>> = (0..threads).map(|_| Vec::new()).collect();
+    for (i, piece) in bytes.chunks_mut(PIECE_BYTES).enumerate() {
+        if let Some(share) = i.checked_rem(threads).and_then(|i| shares.get_mut(i)) {
+            share.push(piece);
+        }
+    }
     std::thread::scope(|scope| {
-        let (touched, pieces) = sync_channel(TOUCHED_BYTES / PIECE_BYTES);
-        scope.spawn(move || {
-            for piece in bytes.chunks_mut(PIECE_BYTES) {
-                piece.fill(0);
-                if touched.send(piece).is_err() {
-                    return; // Reading has failed.
-                }
-            }
-        });
-        pieces.into_iter().try_for_each(&mut take)
+        let touched: Vec<Receiver<&mut [u8]>> = shares
+            .into_iter()
+            .map(|share| {
+                let (sender, touched) = sync_channel(TOUCHED_BYTES / PIECE_BYTES);
+                // Sending fails where reading has failed.
+                scope.spawn(move || {
+                    share.into_iter().try_for_each(|piece| {
+                        piece.fill(0);
+                        sender.send(piece)
+                    })
+                });
+                touched
+            })
+            .collect();
+        let pieces = touched.iter().cycle().map_while(|touched| touched.recv().ok());
+        pieces.map(take).collect::<Result<()>>()
     })?;
     Ok((values, crc.finalize()))
 }

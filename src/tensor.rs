@@ -9,6 +9,9 @@ use crate::error::{Error, ErrorKind, Result};
 use half::{bf16, f16};
 use zerocopy::{FromZeros, IntoBytes};
 
+/// Bytes are handed out in pieces of at most this size.
+const PIECE_BYTES: usize = 64 << 10;
+
 /// A Rust type that is the element of a [`Values`] variant, and its little-endian bytes.
 pub trait Element: Copy + Default + PartialEq + Send + Sync + 'static {
     /// The dtype this type holds.
@@ -139,6 +142,13 @@ macro_rules! values {
                 }
             }
 
+            /// The elements' memory.
+            fn memory(&self) -> &[u8] {
+                match self {
+                    $(Values::$variant(v) => v.as_bytes(),)*
+                }
+            }
+
             /// The element at `at` as a number; integers beyond 2^53 round.
             pub fn get_f64(&self, at: usize) -> Option<f64> {
                 match self {
@@ -163,8 +173,26 @@ values! {
 }
 
 impl Values {
-    /// The memory of the elements, where that is their little-endian bytes and any bytes make elements: not of bools.
-    pub(crate) fn le_bytes_mut(&mut self) -> Option<&mut [u8]> {
+    /// Hands the elements' little-endian bytes to `sink`, piece by piece.
+    ///
+    /// # Errors
+    /// Those of `sink`.
+    pub fn each_le_bytes<E>(&self, mut sink: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        if cfg!(target_endian = "little") {
+            return self.memory().chunks(PIECE_BYTES).try_for_each(sink);
+        }
+        let mut bytes = Vec::with_capacity(PIECE_BYTES);
+        let piece = PIECE_BYTES / self.dtype().size_bytes();
+        for at in (0..self.len()).step_by(piece) {
+            bytes.clear();
+            self.le_bytes(at, piece, &mut bytes);
+            sink(&bytes)?;
+        }
+        Ok(())
+    }
+
+    /// The elements' memory, to be written, where that is their little-endian bytes. Not of bools: not every byte is one.
+    pub(crate) fn as_mut_le_bytes(&mut self) -> Option<&mut [u8]> {
         if cfg!(target_endian = "big") {
             return None;
         }
@@ -351,26 +379,24 @@ impl Tensor {
         Positions::new(&self.shape, &self.strides).filter_map(|at| self.values.get_f64(at)).collect()
     }
 
-    /// Hands the elements' little-endian bytes in row-major order to `sink`, in pieces of at most 64 KiB.
+    /// Hands the elements' little-endian bytes in row-major order to `sink`, piece by piece.
     ///
     /// # Errors
     /// The first error of `sink`.
     pub fn row_major_le_bytes<E>(&self, mut sink: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
-        const PIECE_BYTES: usize = 64 << 10;
-        let piece = PIECE_BYTES / self.dtype().size_bytes();
-        let mut bytes = Vec::with_capacity(PIECE_BYTES.min(self.len() * self.dtype().size_bytes()));
-        let mut positions = (!self.is_row_major()).then(|| Positions::new(&self.shape, &self.strides));
-        let mut at = 0;
-        while at < self.len() {
+        if self.is_row_major() {
+            return self.values.each_le_bytes(sink);
+        }
+        let mut bytes = Vec::with_capacity(PIECE_BYTES);
+        let mut positions = Positions::new(&self.shape, &self.strides);
+        loop {
             bytes.clear();
-            match &mut positions {
-                None => self.values.le_bytes(at, piece, &mut bytes),
-                Some(positions) => self.values.gather_le_bytes(positions.by_ref().take(piece), &mut bytes),
+            self.values.gather_le_bytes(positions.by_ref().take(PIECE_BYTES / self.dtype().size_bytes()), &mut bytes);
+            if bytes.is_empty() {
+                return Ok(());
             }
             sink(&bytes)?;
-            at += piece;
         }
-        Ok(())
     }
 }
 

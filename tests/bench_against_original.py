@@ -1,15 +1,21 @@
 """Times the original in PyTorch and this crate in turn, on equal inputs on one machine, and prints the ratios.
 
     python tests/bench_against_original.py --original crosscoder.py --ours target/release/crosscoder \
-        [--case 2304,16384,1024,80]… [--dtype fp32] [--threads 2] [--rounds 3] [--only step,encode]
+        [--case 2304,16384,1024,80]… [--dtype fp32] [--threads 2] [--rounds 3] [--only step,encode] \
+        [--run acts.pt --steps 300]
 
-`--original` is the file `crosscoder.py` of ckkissane/crosscoder-model-diff-replication; it needs torch and einops here. What
+`--original` is the file `crosscoder.py` of ckkissane/crosscoder-model-diff-replication; it needs torch, einops and tqdm here. What
 it imports beside them (`utils` with plotly, transformer_lens and others) is replaced by empty modules. `--ours` is the
 program, called as `OURS bench --case CASE --dtype DTYPE --op OP`, or any that prints the same CSV.
 
 Both make the inputs from the same hash (`src/bench.rs` describes it) and choose the bias that leaves l0 · batch latents on;
 each prints a number of its result, and a difference of more than 1e-3 (fp32) or 5e-2 (half precision) of it is an error.
 Of each operation the shortest time of all rounds counts. Peak memory is that of a process that makes training steps only.
+
+With `--run` a whole training run is timed instead, from initialisation on the activations in a file (one tensor [n, 2, d_in]):
+the original's own Trainer (`trainer.py` beside crosscoder.py; its Buffer, which runs language models, replaced by batches of
+normalised rows, shuffled anew at each pass) from its making to its last checkpoint, and `OURS train` as a process, from
+start to end. The case gives dict_size and batch size. Both end with l2 losses within 5 % of each other, or it is an error.
 """
 
 import argparse, csv, io, json, os, resource, subprocess, sys, tempfile, time, types
@@ -123,6 +129,75 @@ def original(args):
         print(f"memory,{batch},{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},0", flush=True)
 
 
+RUN_CFG = {"lr": 1e-3, "l1_coeff": 2, "beta1": 0.9, "beta2": 0.999, "seed": 49, "dec_init_norm": 0.08, "model_batch_size": 4}
+
+
+def run_cfg(args):
+    _, dict_size, batch, _ = map(int, args.case[0].split(","))
+    return RUN_CFG | {"dict_size": dict_size, "batch_size": batch, "num_tokens": batch * args.steps, "enc_dtype": args.dtype}
+
+
+def original_run(args):
+    """A whole run of the original's Trainer: prints `run,batch,seconds,the last step's l2 loss`."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    folder = os.path.dirname(os.path.abspath(args.original))
+    module = import_original(args.original)
+    acts = torch.load(args.run, weights_only=True).to(torch.float32)
+    cfg = run_cfg(args) | {"d_in": acts.shape[-1], "device": "cpu", "log_every": 100, "save_every": args.steps + 1}
+    cfg |= {"wandb_project": "", "wandb_entity": ""}
+    generator = torch.Generator().manual_seed(cfg["seed"])
+
+    class Rows:
+        def __init__(self, cfg, *_):
+            self.acts = acts * (cfg["d_in"] ** 0.5 / acts.norm(dim=-1).mean(0))[None, :, None]
+            self.order = torch.empty(0, dtype=torch.long)
+
+        def next(self):
+            if len(self.order) < cfg["batch_size"]:
+                self.order = torch.randperm(len(self.acts), generator=generator)
+            now, self.order = self.order.split([cfg["batch_size"], len(self.order) - cfg["batch_size"]])
+            return self.acts[now]
+
+    for name, members in {
+        "crosscoder": {"CrossCoder": module.CrossCoder},
+        "buffer": {"Buffer": Rows},
+    }.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__dict__.update(members)
+    sys.modules["utils"].wandb = types.SimpleNamespace(init=lambda **_: None, log=lambda *_, **__: None)
+    trainer = types.ModuleType("trainer")
+    path = os.path.join(folder, "trainer.py")
+    exec(compile(open(path).read(), path, "exec"), trainer.__dict__)
+    trainer.print = lambda *_: None
+    trainer.tqdm = types.SimpleNamespace(trange=range)
+    with tempfile.TemporaryDirectory() as out:
+        import pathlib
+
+        module.SAVE_DIR = pathlib.Path(out)
+        start = time.perf_counter()
+        run = trainer.Trainer(cfg, None, None, None)
+        run.crosscoder.save_dir = pathlib.Path(out)
+        step, last = run.step, {}
+        run.step = lambda: last.update(step()) or last
+        run.train()
+        print(f"run,{cfg['batch_size']},{time.perf_counter() - start},{last['l2_loss']}", flush=True)
+
+
+def our_run(args, env):
+    """(seconds, the last logged l2 loss) of `OURS train` with the same cfg."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [args.ours, "train", args.run, "--out", out, "--no-report", "--log_every", str(args.steps - 1)]
+        command += ["--save_every", str(args.steps + 1), "--val-fraction", "0"]
+        command += [part for key, value in run_cfg(args).items() for part in (f"--{key}", str(value))]
+        start = time.perf_counter()
+        rows_of(command, env)
+        seconds = time.perf_counter() - start
+        with open(os.path.join(out, "version_0", "metrics.jsonl")) as log:
+            return seconds, json.loads(log.readlines()[-1])["l2_loss"]
+
+
 def rows_of(command, env):
     """(stdout, peak memory in bytes) of a child."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
@@ -142,12 +217,27 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="step,encode,decode,get_losses")
+    parser.add_argument("--run", metavar="ACTS", help="time a whole run on these activations")
+    parser.add_argument("--steps", type=int, default=300, help="of such a run")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return original(args)
+        return original_run(args) if args.run else original(args)
     env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads))
     print("dtype,d_in,dict_size,batch,l0,op,original_s,ours_s,times_faster,value_original,value_ours")
+    if args.run:
+        args.case = args.case[:1] or ["0,4096,1024,0"]
+        child = [sys.executable, __file__, "--child", "--original", args.original, "--case", args.case[0], "--run", args.run]
+        child += ["--dtype", args.dtype, "--threads", str(args.threads), "--steps", str(args.steps)]
+        theirs = [tuple(map(float, rows_of(child, env)[0].splitlines()[-1].split(",")[2:])) for _ in range(args.rounds)]
+        ours = [our_run(args, env) for _ in range(args.rounds)]
+        (their_s, their_l2), (our_s, our_l2) = min(theirs), min(ours)
+        _, dict_size, batch, _ = args.case[0].split(",")
+        print(f"{args.dtype},,{dict_size},{batch},,run of {args.steps} steps,{their_s:.6g},{our_s:.6g},{their_s / our_s:.2f}", end="")
+        print(f",{their_l2:.6g},{our_l2:.6g}")
+        if abs(their_l2 - our_l2) > 0.05 * their_l2:
+            sys.exit("run: the losses differ")
+        return
     for case in args.case or ["768,8192,1024,64", "2304,16384,1024,80", "2304,16384,1024,8192"]:
         best = {}
         for _ in range(args.rounds):

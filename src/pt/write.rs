@@ -53,14 +53,7 @@ impl TensorSource for Tensor {
     }
 
     fn le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        const PIECE: usize = 16 << 10;
-        let mut bytes = Vec::with_capacity(PIECE.saturating_mul(8));
-        for at in (0..self.len()).step_by(PIECE) {
-            bytes.clear();
-            self.values().le_bytes(at, PIECE, &mut bytes);
-            sink(&bytes)?;
-        }
-        Ok(())
+        self.values().each_le_bytes(sink)
     }
 
     fn row_major_le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
