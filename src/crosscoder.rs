@@ -123,7 +123,7 @@ impl<B: Backend> CrossCoder<B> {
             b_enc: backend.upload(1, d_hidden, lying(weights.b_enc))?,
             b_dec: backend.upload(1, width, lying(weights.b_dec))?,
         };
-        let batch_topk = BatchTopK::from_cfg(&cfg)?;
+        let batch_topk = BatchTopK::from_cfg(&cfg, n_models)?;
         Ok(CrossCoder { backend, cfg, params, batch_topk, n_models, d_in, d_hidden })
     }
 

@@ -13,23 +13,23 @@
 //! the error, and nothing is guessed where a file leaves something open.
 //!
 //! **Normalisation is folded.** The fork's model normalises what it reads and undoes that in what it writes. With the stored
-//! mean `μ[m,d]` and, one for all, the stored scale `s`
+//! mean `μ[m,d]` and the stored scales `s[m]`, in older files one for all,
 //!
 //! ```text
-//! x'[m,d] = (x[m,d] - μ[m,d]) · s              rec[m,d] = rec'[m,d] / (s + 1e-8) + μ[m,d]
+//! x'[m,d] = (x[m,d] - μ[m,d]) · s[m]           rec[m,d] = rec'[m,d] / (s[m] + 1e-8) + μ[m,d]
 //! ```
 //!
 //! both are linear, so the same function of x is
 //!
 //! ```text
-//! W_enc[m,d,h] = s · W_enc'[m,d,h]             b_enc[h]   = b_enc'[h] - Σ_{m,d} μ[m,d] · W_enc[m,d,h]
-//! W_dec[h,m,d] = W_dec'[h,m,d] / (s + 1e-8)    b_dec[m,d] = b_dec'[m,d] / (s + 1e-8) + μ[m,d]
+//! W_enc[m,d,h] = s[m] · W_enc'[m,d,h]          b_enc[h]   = b_enc'[h] - Σ_{m,d} μ[m,d] · W_enc[m,d,h]
+//! W_dec[h,m,d] = W_dec'[h,m,d] / (s[m] + 1e-8) b_dec[m,d] = b_dec'[m,d] / (s[m] + 1e-8) + μ[m,d]
 //! ```
 //!
-//! Latents stay what they are. Files from before that scale have a standard deviation `σ[m,d]` for each neuron instead: there
+//! Latents stay what they are. Files from before these scales have a standard deviation `σ[m,d]` for each neuron instead: there
 //! `s` is `1 / (σ[m,d] + 1e-8)` on the left and its exact inverse on the right. What is folded is computed in float64 and stored
-//! in float32. The threshold of BatchTopK is compared with latents times decoder norms (see [`crate::batch_topk`]), which grow by
-//! `1 / (s + 1e-8)`; so does the threshold. For σ there is no such factor, and a threshold on norms is refused.
+//! in float32. The threshold of BatchTopK is compared with latents times the norms of `W_dec'`, so the cfg gets `s[m] + 1e-8`,
+//! see [`crate::batch_topk`]. For σ there is no such factor, and a threshold on norms is refused.
 //!
 //! The l1 term stays the original's, `Σ_m ‖W_dec[h,m]‖`, whatever code normalization a model was trained with.
 
@@ -373,15 +373,19 @@ fn fork(tensors: &mut Named<'_>, config: Config, config_path: &Path) -> Result<(
     let weights = Parameters { w_enc, w_dec: w_dec.permuted(&[1, 0, 2]), b_enc, b_dec };
     let mut cfg = completed(Config::from_json(b"{}")?, &weights, Layout::DictionaryLearning);
     if let (Some(mut batch_topk), Some(k)) = (batch_topk, k) {
-        let growth = normalisation.as_ref().map_or(Some(1.0), Normalisation::norm_growth);
-        if batch_topk.code_normalization != CodeNormalization::None {
-            batch_topk.threshold *= growth.ok_or_else(|| {
-                Error::unsupported(format!(
+        match normalisation.as_ref().map(|normalisation| &normalisation.scale) {
+            Some(Scale::PerModel(scales)) => {
+                let divisors: Vec<f64> = scales.iter().map(|s| s + FORK_EPS).collect();
+                batch_topk = batch_topk.for_divided_decoder(&divisors);
+            }
+            Some(Scale::PerNeuron(_)) if batch_topk.code_normalization != CodeNormalization::None => {
+                return Err(Error::unsupported(format!(
                     "BatchTopK with code normalization {} on activations normalised for each neuron is not supported: \
                      folding changes the decoder norms that its threshold is compared with",
                     batch_topk.code_normalization.name()
-                ))
-            })?;
+                )));
+            }
+            Some(Scale::PerNeuron(_)) | None => {}
         }
         batch_topk.set_in(&mut cfg);
         cfg.set(batch_topk::K_KEY, k as u64);
@@ -452,7 +456,7 @@ fn code_normalization(id: Option<f64>, said: &Config) -> Result<Option<String>> 
     Ok(name)
 }
 
-/// The threshold, if the model has one: not yet multiplied with what folding makes of the decoder norms.
+/// The threshold, if the model has one, before anything is folded.
 fn batch_topk(
     tensors: &mut Named<'_>,
     said: &Config,
@@ -486,7 +490,8 @@ fn batch_topk(
              needs {CODE_NORMALIZATION_KEY:?} (its own library assumes \"CROSSCODER\")"
         ))
     })?;
-    Ok(Some(BatchTopK { threshold, code_normalization: CodeNormalization::from_name(name, said)? }))
+    let code_normalization = CodeNormalization::from_name(name, said)?;
+    Ok(Some(BatchTopK { threshold, code_normalization, norm_scales: None }))
 }
 
 /// What the fork's model does to activations before and after; see the module.
@@ -498,25 +503,25 @@ struct Normalisation {
 }
 
 enum Scale {
-    /// `activation_global_scale`
-    Global(f64),
+    /// `activation_global_scale` [n]
+    PerModel(Vec<f64>),
     /// `activation_std` + 1e-8 [n, d_in]
     PerNeuron(Vec<f64>),
 }
 
 impl Normalisation {
     /// The buffers, if there are any and they are used: nan stands for none.
-    fn read(tensors: &mut Named<'_>, shape: [usize; 2]) -> Result<Option<Self>> {
+    fn read(tensors: &mut Named<'_>, [n, d_in]: [usize; 2]) -> Result<Option<Self>> {
         let (mean, std) = (tensors.get("activation_mean")?, tensors.get("activation_std")?);
-        let (scale, rms) = (tensors.number("activation_global_scale")?, tensors.number("target_rms")?);
+        let (scale, rms) = (tensors.get("activation_global_scale")?, tensors.number("target_rms")?);
         let (mean, std) = match (mean, std) {
             (Some(mean), Some(std)) => (mean, std),
             (None, None) => return Ok(None),
             _ => return Err(Error::format("one of activation_mean and activation_std is missing")),
         };
         for (name, tensor) in [("activation_mean", &mean), ("activation_std", &std)] {
-            if tensor.shape() != shape {
-                return Err(Error::shape(format!("{name} has shape {:?}; it needs {shape:?}", tensor.shape())));
+            if tensor.shape() != [n, d_in] {
+                return Err(Error::shape(format!("{name} has shape {:?}; it needs [{n}, {d_in}]", tensor.shape())));
             }
         }
         let (mean, std) = (mean.to_f64_vec(), std.to_f64_vec());
@@ -532,35 +537,36 @@ impl Normalisation {
         let scale = match scale {
             None => Scale::PerNeuron(std.iter().map(|std| std + FORK_EPS).collect()),
             Some(scale) => {
-                // What the scale is made of. 1 stands for "normalise each neuron" too, which is saved nowhere.
-                let expected = rms.unwrap_or(1.0) / (std.iter().map(|v| v * v).sum::<f64>() + FORK_EPS).sqrt();
-                if !(scale.is_finite() && scale > 0.0) {
-                    return Err(Error::format(format!("activation_global_scale is {scale}")));
-                }
-                if scale == 1.0 && (expected - 1.0).abs() > 1e-3 {
-                    return Err(Error::unsupported(format!(
-                        "activation_global_scale is 1, activation_std gives {expected}: whether each neuron is divided by its \
-                         own deviation is not said in the file"
+                let (scales, all) = (scale.to_f64_vec(), scale.shape().is_empty());
+                if !all && scale.shape() != [n] {
+                    let found = scale.shape();
+                    return Err(Error::shape(format!(
+                        "activation_global_scale has shape {found:?}; it needs [] or [{n}]"
                     )));
                 }
-                Scale::Global(scale)
+                if scales.iter().any(|s| !(s.is_finite() && *s > 0.0)) {
+                    return Err(Error::format(format!("activation_global_scale is {scales:?}")));
+                }
+                // What they are made of. 1 stands for "normalise each neuron" too, which is saved nowhere.
+                let expected =
+                    |std: &[f64]| rms.unwrap_or(1.0) / (std.iter().map(|v| v * v).sum::<f64>() + FORK_EPS).sqrt();
+                let of: Vec<f64> = std.chunks(if all { n * d_in } else { d_in }.max(1)).map(expected).collect();
+                if scales.iter().all(|s| *s == 1.0) && of.iter().any(|s| (s - 1.0).abs() > 1e-3) {
+                    return Err(Error::unsupported(format!(
+                        "activation_global_scale is 1, activation_std gives {of:?}: whether each neuron is divided by its own \
+                         deviation is not said in the file"
+                    )));
+                }
+                Scale::PerModel(if all { vec![scales[0]; n] } else { scales })
             }
         };
-        Ok(Some(Normalisation { mean, scale, d_in: shape[1] }))
-    }
-
-    /// What the decoder norms are multiplied with, if that is the same for all.
-    fn norm_growth(&self) -> Option<f64> {
-        match self.scale {
-            Scale::Global(scale) => Some(1.0 / (scale + FORK_EPS)),
-            Scale::PerNeuron(_) => None,
-        }
+        Ok(Some(Normalisation { mean, scale, d_in }))
     }
 
     /// What becomes of the cfg key [`FOLDED_KEY`].
     fn record(&self) -> Value {
         match &self.scale {
-            Scale::Global(scale) => json!({"mean": true, "activation_global_scale": scale}),
+            Scale::PerModel(scales) => json!({"mean": true, "activation_global_scale": scales}),
             Scale::PerNeuron(_) => json!({"mean": true, "activation_std": true}),
         }
     }
@@ -570,7 +576,10 @@ impl Normalisation {
     fn fold(&self, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
         let (width, d_in) = (self.mean.len(), self.d_in);
         let (before, after): (Vec<f64>, Vec<f64>) = match &self.scale {
-            Scale::Global(s) => (vec![*s; width], vec![1.0 / (s + FORK_EPS); width]),
+            Scale::PerModel(scales) => {
+                let each = |f: &dyn Fn(f64) -> f64| (0..width).map(|k| f(scales[k / d_in])).collect();
+                (each(&|s| s), each(&|s| 1.0 / (s + FORK_EPS)))
+            }
             Scale::PerNeuron(std) => (std.iter().map(|std| 1.0 / std).collect(), std.clone()),
         };
         let Parameters { w_enc, w_dec, b_enc, b_dec } = weights;

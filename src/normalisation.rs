@@ -14,7 +14,7 @@
 
 use crate::activations::Activations;
 use crate::autodiff::Parameters;
-use crate::batch_topk::{BatchTopK, CodeNormalization, THRESHOLD_KEY};
+use crate::batch_topk::BatchTopK;
 use crate::buffer::HeldOut;
 use crate::config::Config;
 use crate::crosscoder::model_name;
@@ -106,11 +106,11 @@ pub fn set_factors(cfg: &mut Config, factors: &[f64]) {
 }
 
 /// Folds the factors of the cfg into the weights, formulas above, computed in float64 and cast to the weights' dtype. The cfg
-/// then has the factors under [`FOLDED_KEY`], so that they cannot be folded twice.
+/// then has the factors under [`FOLDED_KEY`], so that they cannot be folded twice; a threshold goes on meaning the decoder
+/// norms that it was trained with, see [`crate::batch_topk`].
 ///
 /// # Errors
-/// A cfg without factors, one whose factors are folded already, another number of factors than models; a threshold that is
-/// compared with decoder norms, see [`crate::batch_topk`].
+/// A cfg without factors, one whose factors are folded already, another number of factors than models.
 pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
     if cfg.get(FOLDED_KEY).is_some() {
         return Err(Error::usage(format!(
@@ -120,11 +120,6 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
     let Some(factors) = factors(cfg)? else {
         return Err(Error::usage(format!("the cfg has no {FACTOR_KEY:?}: there is nothing to fold")));
     };
-    let norms_count = |batch_topk: BatchTopK| batch_topk.code_normalization != CodeNormalization::None;
-    if BatchTopK::from_cfg(cfg)?.is_some_and(norms_count) {
-        let what = "folding changes the decoder norms that its threshold is compared with";
-        return Err(Error::unsupported(format!("a crosscoder with {THRESHOLD_KEY:?}: {what}")));
-    }
     let n_models = weights.b_dec.shape().first().copied().unwrap_or(0);
     if factors.len() != n_models {
         return Err(Error::shape(format!(
@@ -138,6 +133,9 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
         b_enc: weights.b_enc,
         b_dec: per_model(weights.b_dec, 0, |m, v| v / factors[m])?,
     };
+    if let Some(batch_topk) = BatchTopK::from_cfg(cfg, n_models)? {
+        batch_topk.for_divided_decoder(&factors).set_in(cfg);
+    }
     cfg.remove(FACTOR_KEY);
     cfg.set(FOLDED_KEY, Value::from(factors));
     Ok(folded)

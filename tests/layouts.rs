@@ -82,7 +82,7 @@ fn compare<B: Backend>(case: &str, crosscoder: &CrossCoder<B>) {
 }
 
 /// The cases that are read, and whether something is folded into their weights.
-const READ: [(&str, bool); 17] = [
+const READ: [(&str, bool); 23] = [
     ("original", false),
     ("per-model-upper", false),
     ("per-model-lower", false),
@@ -100,6 +100,12 @@ const READ: [(&str, bool); 17] = [
     ("fork-batchtopk-none", true),
     ("fork-per-neuron-crosscoder", true),
     ("fork-per-neuron-batchtopk-none", true),
+    ("fork-new-plain", false),
+    ("fork-new-normalised", true),
+    ("fork-new-batchtopk-crosscoder", true),
+    ("fork-new-batchtopk-sae", true),
+    ("fork-new-batchtopk-mixed", true),
+    ("fork-new-batchtopk-none", true),
 ];
 
 /// The cases that are recognised and refused, and what the error says.
@@ -153,10 +159,13 @@ fn the_cfg_tells_what_became_of_it() {
     assert_eq!(mixed.text("layout").unwrap(), "dictionary_learning");
     assert_eq!((mixed.d_in().unwrap(), mixed.dict_size().unwrap()), (6, 20));
     assert_eq!(mixed.count("batch_topk_k").unwrap(), 5);
-    let batch_topk = BatchTopK::from_cfg(&mixed).unwrap().unwrap();
+    let batch_topk = BatchTopK::from_cfg(&mixed, 2).unwrap().unwrap();
     assert_eq!(batch_topk.code_normalization, CodeNormalization::Mixed { sae: 0.7, cc: 0.2 });
     let folded = mixed.get("folded_activation_normalisation").unwrap();
-    assert!(folded["activation_global_scale"].as_f64().is_some_and(|s| s > 0.0 && s != 1.0), "{folded}");
+    let scales = folded["activation_global_scale"].as_array().unwrap();
+    assert!(scales.len() == 2 && scales[0].as_f64().is_some_and(|s| s > 0.0 && s != 1.0), "{folded}");
+    let divisors: Vec<f64> = scales.iter().map(|s| s.as_f64().unwrap() + 1e-8).collect();
+    assert_eq!(batch_topk.norm_scales, Some(divisors), "what the decoder was divided by");
     assert_eq!(mixed.get("dictionary_learning").unwrap()["norm_init_scale"], 1.0, "the config is kept");
     // What the original needs to make a CrossCoder.
     for key in ["seed", "dec_init_norm", "device", "enc_dtype"] {
@@ -322,7 +331,11 @@ fn nothing_is_guessed_of_the_forks_files() {
     let one = ("activation_global_scale", scalar(1.0));
     refused(&folder, "{}", &fork(&[mean.clone(), std.clone(), one.clone()]), &["activation_global_scale is 1"]);
     let zero = ("activation_global_scale", scalar(0.0));
-    refused(&folder, "{}", &fork(&[mean.clone(), std.clone(), zero]), &["activation_global_scale is 0"]);
+    refused(&folder, "{}", &fork(&[mean.clone(), std.clone(), zero]), &["activation_global_scale is [0"]);
+    let list = |v: &[f32]| ("activation_global_scale", Tensor::new(vec![v.len()], Values::F32(v.to_vec())).unwrap());
+    refused(&folder, "{}", &fork(&[mean.clone(), std.clone(), list(&[1.0; 2])]), &["activation_global_scale is 1"]);
+    refused(&folder, "{}", &fork(&[mean.clone(), std.clone(), list(&[0.5; 3])]), &["has shape [3]", "[2]"]);
+    refused(&folder, "{}", &fork(&[mean.clone(), std.clone(), list(&[0.5, f32::NAN])]), &["[0.5, NaN]"]);
     let partly =
         ("activation_std", Tensor::new(vec![2, 6], Values::F32([&[f32::NAN; 1][..], &[1.0; 11]].concat())).unwrap());
     refused(&folder, "{}", &fork(&[mean, partly, one.clone()]), &["not finite"]);
@@ -413,6 +426,14 @@ fn a_threshold_is_checked_when_the_crosscoder_is_made() {
     assert!(error(r#", "batch_topk_threshold": 0.1"#).contains("code_normalization"));
     assert!(error(r#", "batch_topk_threshold": 0.1, "code_normalization": "DECOUPLED""#).contains("DECOUPLED"));
     assert!(error(r#", "batch_topk_threshold": 0.1, "code_normalization": "MIXED""#).contains("alpha_sae"));
+    let with_scales = |scales: &str| {
+        error(&format!(
+            r#", "batch_topk_threshold": 0.1, "code_normalization": "SAE", "decoder_norm_scales": {scales}"#
+        ))
+    };
+    for scales in ["[1]", "[1, 0]", "[1, -1]", "[1, \"x\"]", "2", "[1, 1, 1]"] {
+        assert!(with_scales(scales).contains("a list of 2 positive numbers"), "{scales}");
+    }
     assert!(make(r#", "n_models": 2"#).is_ok());
     assert!(error(r#", "n_models": 3"#).contains("n_models 3"));
 
@@ -498,12 +519,23 @@ mod convert {
         let plain = fixtures().join("original");
         let (ok, stderr) = convert(&[plain.as_ref(), folder.0.join("none.pt").as_ref(), "--fold".as_ref()]);
         assert!(!ok && stderr.contains("nothing to fold"), "{stderr}");
-        // A threshold on decoder norms would no longer mean the same.
-        cfg.set("batch_topk_threshold", 0.5);
-        cfg.set("code_normalization", "SAE");
-        checkpoint::write(&checkpoint::numbered(&folder.0, 1), &cfg, weights.each().map(|t| t as &dyn TensorSource))
-            .unwrap();
-        let (ok, stderr) = convert(&[folder.0.as_ref(), folder.0.join("t.pt").as_ref(), "--fold".as_ref()]);
-        assert!(!ok && stderr.contains("batch_topk_threshold"), "{stderr}");
+        // A threshold goes on meaning the decoder norms that it was trained with.
+        for kind in ["CROSSCODER", "SAE", "MIXED", "NONE"] {
+            cfg.set("batch_topk_threshold", 1.0);
+            cfg.set("code_normalization", kind);
+            cfg.set("code_normalization_alpha_sae", 0.5);
+            cfg.set("code_normalization_alpha_cc", 0.5);
+            let files = checkpoint::numbered(&folder.0, 1);
+            checkpoint::write(&files, &cfg, weights.each().map(|t| t as &dyn TensorSource)).unwrap();
+            let (ok, stderr) = convert(&[folder.0.as_ref(), out.as_ref(), "--fold".as_ref(), "--force".as_ref()]);
+            assert!(ok, "{stderr}");
+            let [before, after] = [&files.weights, &out].map(|path| CrossCoder::load(path).unwrap());
+            let [plain, a, b] =
+                [before.encode(scaled.view(), false), before.encode(scaled.view(), true), after.encode(x.view(), true)]
+                    .map(|acts| wide(&acts.unwrap()));
+            assert!(difference(&a, &b) <= 1e-5 * largest(a.iter().copied()), "{kind}: the same latents");
+            let cut = plain.iter().zip(&a).filter(|(plain, a)| **plain > 0.0 && **a == 0.0).count();
+            assert!(cut > 0 && a.iter().any(|v| *v > 0.0), "{kind}: the threshold cuts some");
+        }
     }
 }
