@@ -53,10 +53,6 @@ pub const DEFAULT_REPO: &str = "ckkissane/crosscoder-gemma-2-2b-model-diff";
 pub const DEFAULT_PATH: &str = "blocks.14.hook_resid_pre";
 /// The branch every repository has.
 pub const DEFAULT_REVISION: &str = "main";
-/// The configuration beside the weights, in a published folder.
-pub const CFG_FILE: &str = "cfg.json";
-/// The weights in a published folder.
-pub const WEIGHTS_FILE: &str = "cc_weights.pt";
 
 /// Times the hub is asked again what a file is, when its bytes do not fit what it said.
 const ROUNDS: u32 = 2;
@@ -135,8 +131,9 @@ impl Hub {
     ///
     /// - cache: `HF_HUB_CACHE`, else `HUGGINGFACE_HUB_CACHE`, else `$HF_HOME/hub`, where `HF_HOME` is by default
     ///   `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`;
-    /// - token: `HF_TOKEN`, else the content of the file `HF_TOKEN_PATH`, by default `$HF_HOME/token`;
-    /// - `HF_ENDPOINT`; `HF_HUB_OFFLINE` (`1`, `true`, `yes`, `on`);
+    /// - token: `HF_TOKEN`, else `HUGGING_FACE_HUB_TOKEN`, else the content of the file `HF_TOKEN_PATH`, by default
+    ///   `$HF_HOME/token`; none if `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set;
+    /// - `HF_ENDPOINT`; `HF_HUB_OFFLINE`, else `TRANSFORMERS_OFFLINE`; a switch is set by `1`, `true`, `yes`, `on`;
     /// - `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`.
     ///
     /// # Errors
@@ -152,9 +149,10 @@ impl Hub {
     pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let set = |name: &str| var(name).filter(|value| !value.is_empty());
         let user = set("HOME").map(PathBuf::from).or_else(std::env::home_dir);
-        // "~/x" comes from configuration files, where no shell has replaced it.
+        // "~/x" and "$X/y" come from configuration files, where no shell has replaced them.
         let path = |name: &str| {
-            let path = PathBuf::from(set(name)?);
+            let value = set(name)?;
+            let path = value.to_str().map_or_else(|| PathBuf::from(&value), |text| expanded(text, &var).into());
             match (path.strip_prefix("~"), &user) {
                 (Ok(rest), Some(user)) => Some(user.join(rest)),
                 _ => Some(path),
@@ -171,15 +169,20 @@ impl Hub {
         if let Some(endpoint) = set("HF_ENDPOINT") {
             hub = hub.endpoint(&endpoint.to_string_lossy()).map_err(|error| error.at("HF_ENDPOINT"))?;
         }
-        if let Some(token) = set("HF_TOKEN") {
-            hub = hub.token(&token.to_string_lossy()).map_err(|error| error.at("HF_TOKEN"))?;
+        let is_on = |value: OsString| {
+            matches!(value.to_string_lossy().to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on")
+        };
+        let names = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"];
+        if set("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(is_on) {
+            // Public files are asked for without it, and a crosscoder's user names no other way.
+        } else if let Some((name, token)) = names.iter().find_map(|name| Some((name, set(name)?))) {
+            hub = hub.token(&token.to_string_lossy()).map_err(|error| error.at(name))?;
         } else if let Some(file) = path("HF_TOKEN_PATH").or_else(|| Some(home?.join("token")))
             && let Ok(token) = fs::read_to_string(&file)
         {
             hub = hub.token(&token).map_err(|error| error.in_file(&file))?;
         }
-        let offline = set("HF_HUB_OFFLINE").unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-        Ok(hub.offline(matches!(offline.as_str(), "1" | "true" | "yes" | "on")))
+        Ok(hub.offline(set("HF_HUB_OFFLINE").or_else(|| set("TRANSFORMERS_OFFLINE")).is_some_and(is_on)))
     }
 
     /// Another hub: `http` or `https`, a host, perhaps a path.
@@ -260,6 +263,17 @@ impl Hub {
         revision: &str,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Vec<PathBuf>> {
+        self.gather(repo, files, revision, progress).map_err(|failure| failure.error)
+    }
+
+    /// [`Hub::download_all`], whose failures tell what kind they are of.
+    fn gather(
+        &self,
+        repo: &str,
+        files: &[&str],
+        revision: &str,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<PathBuf>, Failure> {
         // All names first: a wrong one should not cost a transfer.
         let targets: Vec<Target> = files.iter().map(|file| Target::new(repo, file, revision)).collect::<Result<_>>()?;
         let client = Client::new(&self.endpoint, self.token.clone(), self.timeout, self.proxy.clone());
@@ -267,7 +281,9 @@ impl Hub {
         let mut paths = Vec::new();
         for target in &targets {
             let pinned = commit.as_ref().map_or_else(|| target.clone(), |commit| target.pinned(commit));
-            let (at, path) = self.fetch(&client, &pinned, progress).map_err(|error| error.at(target))?;
+            let (at, path) = self
+                .fetch(&client, &pinned, progress)
+                .map_err(|failure| Failure { error: failure.error.at(target), class: failure.class })?;
             commit.get_or_insert(at);
             paths.push(path);
         }
@@ -277,12 +293,17 @@ impl Hub {
         Ok(paths)
     }
 
-    fn fetch(&self, client: &Client, target: &Target, report: &mut dyn FnMut(Event<'_>)) -> Result<(Commit, PathBuf)> {
+    fn fetch(
+        &self,
+        client: &Client,
+        target: &Target,
+        report: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(Commit, PathBuf), Failure> {
         let repository = Repository::new(&self.cache, target);
         let cached = repository.lookup(target);
         if self.offline {
             let what = "not in the cache, and HF_HUB_OFFLINE forbids asking the hub";
-            return cached.ok_or_else(|| Error::new(ErrorKind::Network, what).in_file(&self.cache));
+            return cached.ok_or_else(|| Error::new(ErrorKind::Network, what).in_file(&self.cache).into());
         }
         // A commit never changes.
         if let (Some(_), Some(cached)) = (target.commit(), &cached) {
@@ -294,12 +315,12 @@ impl Hub {
         loop {
             let described = match describe(client, target, &mut patience, report) {
                 Ok(described) => described,
-                Err(failure) => match (failure.class, cached) {
-                    (Class::Transient(_) | Class::Unreachable | Class::Denied, Some(cached)) if rounds == 0 => {
+                Err(failure) => match cached {
+                    Some(cached) if failure.class.is_no_answer() && rounds == 0 => {
                         report(Event::Cached { file: target.file(), reason: &failure.error });
                         return Ok(cached);
                     }
-                    _ => return Err(failure.error),
+                    _ => return Err(failure),
                 },
             };
             patience.reached();
@@ -314,16 +335,41 @@ impl Hub {
                 Ok(path) => return Ok((described.commit, path)),
                 Err(failure) if failure.class == Class::Stale && rounds < ROUNDS => {
                     rounds = rounds.saturating_add(1);
-                    let (wait, error) =
-                        patience.wait(failure, start.elapsed(), 0, 0).map_err(|failure| failure.error)?;
+                    let (wait, error) = patience.wait(failure, start.elapsed(), 0, 0)?;
                     report(Event::Retry { file: target.file(), wait, reason: &error });
                     std::thread::sleep(wait);
                     superseded = Some(described);
                 }
-                Err(failure) => return Err(failure.error),
+                Err(failure) => return Err(failure),
             }
         }
     }
+}
+
+/// `$NAME` and `${NAME}` replaced by the variables of these names, where there are such.
+fn expanded(text: &str, var: impl Fn(&str) -> Option<OsString>) -> OsString {
+    let mut out = OsString::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push(before);
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, behind) = match after.strip_prefix('{').and_then(|inner| inner.split_once('}')) {
+            Some((name, behind)) => (name, behind),
+            None => after.split_at(after.find(|c| !is_name(c)).unwrap_or(after.len())),
+        };
+        match var(name).filter(|_| !name.is_empty()) {
+            Some(value) => {
+                out.push(value);
+                rest = behind;
+            }
+            None => {
+                out.push("$");
+                rest = after;
+            }
+        }
+    }
+    out.push(rest);
+    out
 }
 
 /// [`Client::describe`], until it succeeds or patience ends.
@@ -397,6 +443,8 @@ mod tests {
             (&[("HOME", "/h"), ("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/old")], "/old"),
             (&[("HOME", "/h"), ("HF_HUB_CACHE", "/new"), ("HUGGINGFACE_HUB_CACHE", "/old")], "/new"),
             (&[("HOME", "/h"), ("HF_HUB_CACHE", "")], "/h/.cache/huggingface/hub"),
+            (&[("HOME", "/h"), ("HF_HOME", "$HOME/f"), ("XDG_CACHE_HOME", "/x")], "/h/f/hub"),
+            (&[("HOME", "/h"), ("HF_HUB_CACHE", "/a${HOME}b/$NONE/$/${/$HOME_X")], "/a/hb/$NONE/$/${/$HOME_X"),
         ] {
             assert_eq!(hub(vars).unwrap().cache(), Path::new(cache), "{vars:?}");
         }
@@ -412,6 +460,14 @@ mod tests {
         for bad in ["hub.example", "file:///x", "https://u@hub.example"] {
             assert_eq!(set("HF_ENDPOINT", bad).map(|_| ()).unwrap_err().kind(), ErrorKind::Usage, "{bad}");
         }
+        assert_eq!(set("HUGGING_FACE_HUB_TOKEN", "hf_old").unwrap().token.as_deref(), Some("hf_old"));
+        let both = [("HOME", "/nowhere"), ("HUGGING_FACE_HUB_TOKEN", "hf_old"), ("HF_TOKEN", "hf_new")];
+        assert_eq!(hub(&both).unwrap().token.as_deref(), Some("hf_new"));
+        let off = [("HOME", "/nowhere"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1"), ("HF_TOKEN", "hf_new")];
+        assert_eq!(hub(&off).unwrap().token, None);
+        assert!(set("TRANSFORMERS_OFFLINE", "1").unwrap().offline);
+        let not = [("HOME", "/nowhere"), ("HF_HUB_OFFLINE", "0"), ("TRANSFORMERS_OFFLINE", "1")];
+        assert!(!hub(&not).unwrap().offline);
         for (value, offline) in [("1", true), ("ON", true), ("0", false), ("", false)] {
             assert_eq!(set("HF_HUB_OFFLINE", value).unwrap().offline, offline, "{value:?}");
         }

@@ -361,6 +361,7 @@ fn fork(tensors: &mut Named<'_>, config: Config, config_path: &Path) -> Result<(
     if !matches!(w_enc.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
         return Err(Error::unsupported(format!("encoder.weight has dtype {}; weights are floats", w_enc.dtype())));
     }
+    let said = with_names_of_today(said);
     let in_config = |e: Error| e.in_file(config_path);
     check_config(&said, [n, d_in, dict_size]).map_err(in_config)?;
 
@@ -402,6 +403,24 @@ fn fork(tensors: &mut Named<'_>, config: Config, config_path: &Path) -> Result<(
     };
     cfg.set(Layout::DictionaryLearning.name(), Value::Object(config.keys().clone()));
     Ok((cfg, weights))
+}
+
+/// The keys of a code normalization had other names until May 2025, when it was `LossType.SAE` where it now is `SAE`.
+fn with_names_of_today(mut said: Config) -> Config {
+    let [alpha_sae, alpha_cc] = batch_topk::ALPHA_KEYS;
+    let renamed = [
+        ("sparsity_loss_type", CODE_NORMALIZATION_KEY),
+        ("sparsity_loss_alpha_sae", alpha_sae),
+        ("sparsity_loss_alpha_cc", alpha_cc),
+    ];
+    for (old, new) in renamed {
+        if let (Some(value), None) = (said.get(old), said.get(new)) {
+            let text = value.as_str().map(|text| text.strip_prefix("LossType.").unwrap_or(text).to_owned());
+            let value = text.map_or_else(|| value.clone(), Value::from);
+            said.set(new, value);
+        }
+    }
+    said
 }
 
 /// What the config says must be what the tensors are.

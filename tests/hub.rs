@@ -15,6 +15,8 @@ use crosscoder::backend::Cpu;
 use crosscoder::checkpoint::Files;
 use crosscoder::hub::{Address, Event, Hub};
 use crosscoder::{CrossCoder, ErrorKind};
+#[cfg(feature = "cli")]
+use crosscoder::{files::TensorFile, pt::TensorSource, safetensors};
 use ring::digest;
 
 const REPO: &str = "org/name";
@@ -406,6 +408,35 @@ fn revisions_have_their_references() {
 }
 
 #[test]
+fn the_beginning_of_a_commit_id_is_a_revision() {
+    let fake = Fake::with(|request, usual| match request.path.as_str() {
+        "/org/name/resolve/0123456/config.json" => {
+            let etag = git_blob(&small());
+            Answer::new(200, &[("X-Repo-Commit", COMMIT), ("ETag", &etag), ("Content-Length", "12")], &small())
+        }
+        _ => usual,
+    });
+    let folder = Folder::new();
+    // What huggingface_hub notes of absent files does not hide one that has come.
+    let absent = folder.repo().join(".no_exist").join(COMMIT);
+    fs::create_dir_all(&absent).unwrap();
+    fs::write(absent.join(SMALL), b"").unwrap();
+    let path = fake.hub(&folder.cache()).download(REPO, SMALL, "0123456", &mut quiet).unwrap();
+    assert_eq!(path, folder.repo().join("snapshots").join(COMMIT).join(SMALL));
+    assert_eq!(fs::read(folder.repo().join("refs/0123456")).unwrap(), COMMIT.as_bytes());
+    fake.hub(&folder.cache()).offline(true).download(REPO, SMALL, "0123456", &mut quiet).unwrap();
+}
+
+#[test]
+fn names_with_spaces_and_signs_arrive() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    fake.put("a%20b/%C3%BC%2541%2B%23%3F%26..json", b"{}");
+    let path = fake.hub(&folder.cache()).download(REPO, "a b/ü%41+#?&..json", "main", &mut quiet).unwrap();
+    assert_eq!(path, folder.repo().join("snapshots").join(COMMIT).join("a b").join("ü%41+#?&..json"));
+    assert_eq!(fs::read(&path).unwrap(), b"{}");
+}
+
+#[test]
 fn offline_means_no_request() {
     let (fake, folder) = (Fake::start(), Folder::new());
     assert_large(&fake, &folder);
@@ -664,6 +695,32 @@ fn servers_that_cannot_continue_a_file_send_it_whole() {
 }
 
 #[test]
+fn a_part_may_end_early_and_must_be_of_the_same_file() {
+    // Breaks off once, then comes in parts of 50,000 bytes.
+    let fake = Fake::with(|request, usual| match request.nth {
+        0 if request.is_bytes() => usual.cut(100_000),
+        _ if request.is_bytes() => {
+            let from = LARGE_SIZE - usual.body.len();
+            let body = usual.body[..usual.body.len().min(50_000)].to_vec();
+            let range = format!("bytes {from}-{}/{LARGE_SIZE}", from + body.len() - 1);
+            Answer { body, ..usual }.with("Content-Range", Some(&range))
+        }
+        _ => usual,
+    });
+    assert_large(&fake, &Folder::new());
+    assert_eq!((fake.sent(), fake.count(Request::is_head)), (LARGE_SIZE, 1));
+
+    // A part of a file of another length: the hub is asked again.
+    let fake = Fake::with(|request, usual| match request.nth {
+        0 if request.is_bytes() => usual.cut(100_000),
+        1 if request.is_bytes() => usual.with("Content-Range", Some("bytes 100000-300122/300124")),
+        _ => usual,
+    });
+    assert_large(&fake, &Folder::new());
+    assert_eq!(fake.count(Request::is_head), 2);
+}
+
+#[test]
 fn malformed_answers_bring_nothing() {
     let chunked = |bytes: &[u8], end: &str| {
         let start = format!("{:x}\r\n", bytes.len());
@@ -757,6 +814,17 @@ fn retry_after_is_honoured_up_to_a_minute() {
     });
     let (folder, start) = (Folder::new(), Instant::now());
     assert_large(&fake, &folder);
+    assert!(start.elapsed() >= Duration::from_secs(1));
+
+    // Until a date, by the server's own clock.
+    fake.forget();
+    fake.behave(|request, usual| {
+        let [now, then] = ["Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:38 GMT"];
+        let busy = Answer::error(503, "").with("Date", Some(now)).with("Retry-After", Some(then));
+        if request.nth == 0 && request.cdn { busy } else { usual }
+    });
+    let start = Instant::now();
+    assert_large(&fake, &Folder::new());
     assert!(start.elapsed() >= Duration::from_secs(1));
 
     fake.behave(busy("61"));
@@ -855,6 +923,25 @@ fn answers_that_lack_something_are_refused() {
 }
 
 #[test]
+fn another_commit_than_the_one_asked_for_is_refused() {
+    let other = "fedcba9876543210fedcba9876543210fedcba98";
+    let fake = Fake::with(move |_, usual| usual.with("X-Repo-Commit", Some(other)));
+    let folder = Folder::new();
+    let error = fake.hub(&folder.cache()).download(REPO, LARGE, COMMIT, &mut quiet).unwrap_err().to_string();
+    assert!(error.contains(other) && error.contains(COMMIT), "{error}");
+    folder.assert_nothing();
+    // Nor are two files of different commits taken together.
+    fake.behave(
+        move |request, usual| {
+            if request.path.contains(LARGE) { usual.with("X-Repo-Commit", Some(other)) } else { usual }
+        },
+    );
+    let error = fake.hub(&folder.cache()).download_all(REPO, &[SMALL, LARGE], "main", &mut quiet).unwrap_err();
+    assert!(error.to_string().contains(other), "{error}");
+    assert!(!folder.repo().join("refs/main").exists());
+}
+
+#[test]
 fn names_of_the_caller_cannot_climb() {
     let (fake, folder) = (Fake::start(), Folder::new());
     for (repo, file, revision) in [
@@ -921,6 +1008,21 @@ fn redirects_within_the_hub_keep_the_token() {
 }
 
 #[test]
+fn every_redirect_is_followed_and_its_address_may_hold_names() {
+    for status in [301, 302, 303, 307, 308] {
+        let fake = Fake::with(move |_, usual| if usual.status == 302 { Answer { status, ..usual } } else { usual });
+        assert_large(&fake, &Folder::new());
+    }
+    let fake = Fake::start();
+    let cdn = fake.cdn.clone();
+    fake.behave(move |request, usual| match request.path.as_str() {
+        "/cdn/%C3%BC%20w.pt?x=../y" => Answer::new(200, &[], &large()),
+        _ => usual.with("Location", Some(&format!("{cdn}/cdn/ü w.pt?x=../y"))),
+    });
+    assert_large(&fake, &Folder::new());
+}
+
+#[test]
 fn redirects_end() {
     let fake = Fake::with(|request, _| Answer::new(302, &[("Location", &request.path)], b""));
     assert_fails(&fake, &Folder::new(), LARGE, &["10 redirects"]);
@@ -948,6 +1050,18 @@ fn compressed_answers_are_unpacked_and_no_longer_than_the_file() {
         let path = fake.hub(&folder.cache()).download(REPO, file, "main", &mut quiet).unwrap();
         assert!(fs::read(path).unwrap() == bytes);
         assert!(fake.log().iter().all(|r| r.headers["accept-encoding"] == "identity"));
+    }
+    for (encoding, fine) in [("identity", true), ("br", false), ("gzip, gzip", false)] {
+        let fake = Fake::with(
+            move |request, usual| {
+                if request.is_bytes() { usual.with("Content-Encoding", Some(encoding)) } else { usual }
+            },
+        );
+        if fine {
+            assert_large(&fake, &Folder::new());
+        } else {
+            assert_fails(&fake, &Folder::new(), LARGE, &["encoded as", encoding]);
+        }
     }
     let bomb = gzip(&vec![0; 64 << 20]);
     let fake =
@@ -1055,6 +1169,36 @@ fn a_checkpoint_is_found_by_the_names_that_layouts_have() {
 }
 
 #[test]
+fn without_the_hub_a_cached_checkpoint_of_any_layout_serves() {
+    let (fake, folder) = (published(), Folder::new());
+    // The fork's names, which come after those of the original's layout.
+    let files = quiet_checkpoint(&fake.hub(&folder.cache()), "hf://org/name").unwrap();
+    let dead =
+        Hub::new(folder.cache()).unwrap().endpoint("http://127.0.0.1:9").unwrap().backoff(Duration::from_millis(1));
+    let busy = fake.hub(&folder.cache());
+    fake.behave(|_, _| Answer::error(503, ""));
+    for hub in [&dead, &busy] {
+        let mut said = Vec::new();
+        let mut progress = |event: Event<'_>| {
+            if let Event::Cached { file, .. } = event {
+                said.push(file.to_owned());
+            }
+        };
+        assert_eq!(hub.checkpoint(&Address::parse("hf://org/name").unwrap(), &mut progress).unwrap(), files);
+        assert_eq!(said, ["model.safetensors"], "said once that it may be old");
+        // Another revision, another folder: nothing is cached, and the cause is told.
+        for address in ["hf://org/name@v1", "hf://org/name/neel"] {
+            let error = quiet_checkpoint(hub, address).unwrap_err().to_string();
+            assert!(error.contains("attempts"), "{error}");
+        }
+    }
+    // An answer that is wrong is not one that is missing.
+    fake.behave(|_, usual| usual.with("ETag", Some("x")).with("X-Linked-Etag", Some("x")));
+    fake.put("cfg.json", b"{}");
+    assert!(quiet_checkpoint(&fake.hub(&folder.cache()), "hf://org/name").is_err());
+}
+
+#[test]
 fn a_checkpoint_that_is_not_there_is_told_with_all_names() {
     let (fake, folder) = (published(), Folder::new());
     let hub = fake.hub(&folder.cache());
@@ -1102,18 +1246,58 @@ fn load_from_hf_takes_the_environment() {
 
 #[cfg(feature = "cli")]
 #[test]
-fn a_verb_takes_an_address_for_its_checkpoint() {
+fn verbs_take_an_address_for_their_checkpoint() {
     let (fake, folder) = (published(), Folder::new());
-    let run = |from: &str, to: &Path| {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/layouts");
+    let run = |args: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
         command.env("HF_ENDPOINT", &fake.endpoint).env("HF_HUB_CACHE", folder.cache()).env_remove("HF_HUB_OFFLINE");
-        command.arg("convert").arg(from).arg(to).output().unwrap()
+        command.args(args).current_dir(&folder.0).output().unwrap()
     };
-    let to = folder.0.join("out.pt");
-    let output = run("hf://org/name/blocks.14.hook_resid_pre", &to);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_eq!(CrossCoder::load(&to).unwrap().d_hidden(), 20);
-    let output = run("hf://org/name/half", &folder.0.join("half.pt"));
+    let succeeds = |args: &[&str]| {
+        let output = run(args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for (case, address) in [
+        ("original", "hf://org/name@v1/blocks.14.hook_resid_pre"),
+        ("fork-batchtopk-crosscoder", "hf://org/name"),
+        ("neel-4-layers", "hf://org/name@refs%2Fpr%2F1/neel/1.pt"),
+    ] {
+        let local = fixtures.join(case);
+        let mut expected = TensorFile::open(local.join("expected.pt")).unwrap();
+        let x = expected.read(expected.index_of("x").unwrap()).unwrap();
+        let rows = fs::File::create(folder.0.join("x.safetensors")).unwrap();
+        safetensors::write(rows, &[("x", &x as &dyn TensorSource)], &[]).unwrap();
+        let local = local.to_str().unwrap();
+
+        for verb in [&["eval", "--json"][..], &["report", "--csv", "-"]] {
+            let with = |checkpoint| succeeds(&[verb, &[checkpoint, "x.safetensors"]].concat());
+            let found = with(address);
+            assert!(found.lines().count() > 0 && found == with(local), "{case} {verb:?}: {found}");
+        }
+        for verb in ["encode", "convert"] {
+            let [here, there] = [format!("{case}-{verb}.pt"), format!("{case}-{verb}-hub.pt")];
+            for (checkpoint, out) in [(local, &here), (address, &there)] {
+                match verb {
+                    "encode" => succeeds(&[verb, checkpoint, "x.safetensors", "--out", out]),
+                    _ => succeeds(&[verb, checkpoint, out]),
+                };
+            }
+            let tensors = |name: &str| {
+                let mut file = TensorFile::open(folder.0.join(name)).unwrap();
+                (0..file.tensors().len()).map(|i| file.crc32(i).unwrap()).collect::<Vec<_>>()
+            };
+            assert_eq!(tensors(&here), tensors(&there), "{case} {verb}");
+        }
+    }
+    let listed = succeeds(&["info", "hf://org/name@v1/neel/1.pt"]);
+    assert!(listed.contains("W_enc"), "{listed}");
+    let downloaded = succeeds(&["download", "hf://org/name@v1", "hf://org/name/neel/1_cfg.json"]);
+    let ends: Vec<&str> = downloaded.lines().map(|line| line.rsplit(COMMIT).next().unwrap()).collect();
+    assert_eq!(ends, ["/config.json", "/model.safetensors", "/neel/1_cfg.json"]);
+    assert_eq!(succeeds(&["download", REPO, ".", "neel/1_cfg.json"]), downloaded);
+    let output = run(&["report", "hf://org/name/half"]);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && stderr.contains("cc_weights.pt with cfg.json"), "{stderr}");
 }

@@ -294,7 +294,17 @@ fn nothing_is_guessed_of_the_forks_files() {
     save(&folder, r#"{"code_normalization": "sae"}"#, &fork(&[k.clone(), threshold.clone()]));
     assert_eq!(CrossCoder::load(&folder.0).unwrap().cfg().text("code_normalization").unwrap(), "SAE");
 
+    // As it was called before: by its trainer, and by its class.
+    for said in [
+        r#"{"trainer": {"sparsity_loss_type": "LossType.MIXED", "sparsity_loss_alpha_sae": 0.5, "sparsity_loss_alpha_cc": 2}}"#,
+        r#"{"code_normalization": "MIXED", "sparsity_loss_alpha_sae": 0.5, "sparsity_loss_alpha_cc": 2.0}"#,
+    ] {
+        save(&folder, said, &fork(&[k.clone(), threshold.clone()]));
+        let mixed = BatchTopK::from_cfg(CrossCoder::load(&folder.0).unwrap().cfg(), 2).unwrap().unwrap();
+        assert_eq!(mixed.code_normalization, CodeNormalization::Mixed { sae: 0.5, cc: 2.0 });
+    }
     let both = [k.clone(), threshold.clone()];
+    refused(&folder, r#"{"sparsity_loss_type": "LossType.L0"}"#, &fork(&both), &["\"L0\" is none of CROSSCODER"]);
     refused(&folder, "{}", &fork(&both), &["config.json", "code_normalization_id", "CROSSCODER"]);
     refused(&folder, "{}", &fork(&[k.clone(), threshold.clone(), id]), &["code_normalization_alpha_sae"]);
     refused(&folder, "{}", &fork(std::slice::from_ref(&k)), &["TopK", "without a threshold"]);

@@ -11,7 +11,8 @@ const HELP: &str = "\
 crosscoder info FILE… [--json] [--list]
 
 Lists the tensors of .pt, .safetensors and .npy files with path, dtype, shape, strides as stored and the CRC-32 of their
-little-endian row-major bytes, and the plain values beside them. Nothing in a file is executed.
+little-endian row-major bytes, and the plain values beside them. Nothing in a file is executed. A FILE may be one of the
+Hugging Face hub, hf://OWNER/REPO[@REVISION]/PATH, which is downloaded into its cache.
 
   --json  one JSON object per file: file, format, tensors, values
   --list  reads no tensor, so there are no checksums: milliseconds for a file of any size
@@ -36,7 +37,11 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     let mut status = ExitCode::SUCCESS;
     for file in files {
-        match info(&file, style, checksums) {
+        let local = match file.to_str().filter(|text| text.starts_with("hf://")) {
+            Some(address) => super::download::file(address),
+            None => Ok(file),
+        };
+        match local.and_then(|file| info(&file, style, checksums)) {
             Ok(text) => args::print(&text)?,
             Err(error) => {
                 let _ = writeln!(std::io::stderr(), "crosscoder: {error}");

@@ -87,7 +87,20 @@ impl Repository {
             fs::create_dir_all(folder).map_err(|e| Error::io("cannot make the folder", e).in_file(folder))?;
         }
         let path = self.locks.join(format!("{}.lock", etag.name()));
-        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = match OpenOptions::new().create_new(true).append(true).open(&path) {
+            Ok(file) => {
+                // So that others of the group can take it, whatever the umask.
+                #[cfg(unix)]
+                let _ = fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o664));
+                Ok(file)
+            }
+            // One that another user made can be taken all the same.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => match OpenOptions::new().append(true).open(&path) {
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => File::open(&path),
+                opened => opened,
+            },
+            Err(e) => Err(e),
+        };
         let file = file.map_err(|e| Error::io("cannot open the lock", e).in_file(&path))?;
         let is_held = loop {
             match file.try_lock() {
@@ -153,7 +166,7 @@ impl Repository {
         Ok(path)
     }
 
-    /// Notes at which commit the target's revision stands.
+    /// Notes at which commit the target's revision stands; not in a cache that is for reading only.
     pub(super) fn refer(&self, target: &Target, commit: &Commit) -> Result<()> {
         let path = self.reference(target);
         if target.commit().is_some() || fs::read(&path).is_ok_and(|old| old == commit.as_str().as_bytes()) {
@@ -164,9 +177,12 @@ impl Repository {
             .map_or(Ok(()), fs::create_dir_all)
             .and_then(|()| fs::write(&temporary, commit.as_str()))
             .and_then(|()| fs::rename(&temporary, &path))
-            .map_err(|e| {
+            .or_else(|e| {
                 let _ = fs::remove_file(&temporary);
-                Error::io("cannot note the commit", e).in_file(&path)
+                match e.kind() {
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Ok(()),
+                    _ => Err(Error::io("cannot note the commit", e).in_file(&path)),
+                }
             })
     }
 

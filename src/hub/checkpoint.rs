@@ -1,9 +1,12 @@
 //! Checkpoints on the hub: which files of a repository they are. Original: `load_from_hf`.
 
+use super::cache::Repository;
+use super::names::Target;
 use super::{DEFAULT_REVISION, Event, Hub};
 use crate::checkpoint::{FOLDER_NAMES, Files, cfg_names};
 use crate::crosscoder::CrossCoder;
 use crate::error::{Error, ErrorKind, Result};
+use std::path::PathBuf;
 
 /// A place in a repository: `hf://OWNER/REPO[@REVISION][/PATH]`. A slash in the revision is written `%2F`, save in `refs/pr/N`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +62,8 @@ impl std::fmt::Display for Address {
 
 impl Hub {
     /// Makes the checkpoint at an address available and returns where its files lie in the cache. A folder is looked through for
-    /// the pairs of [`FOLDER_NAMES`], a weights file has its cfg beside it as [`crate::checkpoint::find`] says.
+    /// the pairs of [`FOLDER_NAMES`], a weights file has its cfg beside it as [`crate::checkpoint::find`] says. If the hub cannot
+    /// be reached, or does not let us in, the first pair that is in the cache is returned.
     ///
     /// # Errors
     /// As [`Hub::download`]; if there is no checkpoint, [`ErrorKind::Absent`] with all names that were looked for.
@@ -79,19 +83,33 @@ impl Hub {
         for [weights, cfg] in &pairs {
             // The small file first: without it the large one is of no use.
             let names = [full(cfg), full(weights)];
-            match self.download_all(&address.repo, &names.each_ref().map(String::as_str), &address.revision, progress) {
+            match self.gather(&address.repo, &names.each_ref().map(String::as_str), &address.revision, progress) {
                 Ok(paths) => {
                     let [cfg, weights] = <[_; 2]>::try_from(paths).unwrap_or_default();
                     return Ok(Files { weights, cfg });
                 }
-                Err(error) if error.kind() == ErrorKind::Absent || self.offline => {}
-                Err(error) => return Err(error),
+                Err(failure) if failure.error.kind() == ErrorKind::Absent || self.offline => {}
+                Err(failure) => {
+                    for [weights, cfg] in pairs.iter().filter(|_| failure.class.is_no_answer()) {
+                        let [weights, cfg] = [weights, cfg].map(full);
+                        if let (Some(w), Some(c)) = (self.cached(address, &weights)?, self.cached(address, &cfg)?) {
+                            progress(Event::Cached { file: &weights, reason: &failure.error });
+                            return Ok(Files { weights: w, cfg: c });
+                        }
+                    }
+                    return Err(failure.error);
+                }
             }
         }
         let names: Vec<String> = pairs.iter().map(|[weights, cfg]| format!("{weights} with {cfg}")).collect();
         let place = if self.offline { "in the cache (HF_HUB_OFFLINE is set)" } else { "here" };
         let what = format!("no checkpoint {place}: looked for {}", names.join(", "));
         Err(Error::new(ErrorKind::Absent, what).at(address))
+    }
+
+    fn cached(&self, address: &Address, file: &str) -> Result<Option<PathBuf>> {
+        let target = Target::new(&address.repo, file, &address.revision)?;
+        Ok(Repository::new(&self.cache, &target).lookup(&target).map(|(_, path)| path))
     }
 }
 

@@ -34,6 +34,13 @@ pub(super) enum Class {
     Final,
 }
 
+impl Class {
+    /// Whether the hub said nothing of the file, so that an older version may serve.
+    pub(super) fn is_no_answer(self) -> bool {
+        matches!(self, Class::Transient(_) | Class::Unreachable | Class::Denied)
+    }
+}
+
 impl Failure {
     pub(super) fn new(class: Class, what: impl Into<String>) -> Self {
         Failure { error: Error::new(ErrorKind::Network, what), class }
@@ -87,14 +94,14 @@ impl Url {
         let next = if location.starts_with("//") {
             Url::parse(&format!("{}:{location}", self.0.scheme_str().unwrap_or("https")))
         } else if location.starts_with('/') {
-            Url::parse(&format!("{}{location}", self.base()))
+            Url::parse(&format!("{}{}", self.base(), without_dots(location)))
         } else if location.starts_with('?') {
             Url::parse(&format!("{}{path}{location}", self.base()))
         } else if location.split(['/', '?']).next().is_some_and(|first| first.contains(':')) {
             Url::parse(location)
         } else {
             let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-            Url::parse(&format!("{}{folder}/{location}", self.base()))
+            Url::parse(&format!("{}{}", self.base(), without_dots(&format!("{folder}/{location}"))))
         };
         let next = next.map_err(|error| error.at("redirect"))?;
         if self.origin().0 && !next.origin().0 {
@@ -103,6 +110,22 @@ impl Url {
         }
         Ok(next)
     }
+}
+
+/// A path, perhaps with a query, without its components `.` and `..`.
+fn without_dots(path: &str) -> String {
+    let (path, query) = path.split_at(path.find(['?', '#']).unwrap_or(path.len()));
+    let mut kept: Vec<&str> = Vec::new();
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    for part in &parts {
+        match *part {
+            "." => {}
+            ".." => drop(kept.pop()),
+            part => kept.push(part),
+        }
+    }
+    let end = if matches!(parts.last(), Some(&("." | ".."))) && !kept.is_empty() { "/" } else { "" };
+    format!("/{}{end}{query}", kept.join("/"))
 }
 
 /// What the hub says of a file.
@@ -116,8 +139,8 @@ pub(super) struct Described {
 
 /// An open answer with the bytes of a file.
 pub(super) struct Content {
-    /// The byte of the file that the answer begins with, if it is a part.
-    pub(super) first: Option<u64>,
+    /// The byte of the file that the answer begins with, and the bytes of the whole file if it says so; if it is a part.
+    pub(super) part: Option<(u64, Option<u64>)>,
     /// `Content-Length`.
     pub(super) length: Option<u64>,
     pub(super) gzip: bool,
@@ -215,7 +238,9 @@ impl Client {
                     continue;
                 }
                 Some(next) => url = next,
-                None if !is_gzip(headers) => size = size.or_else(|| number(headers, "content-length")),
+                None if encoding(headers) == Encoding::None => {
+                    size = size.or_else(|| number(headers, "content-length"))
+                }
                 None => {}
             }
             let lacks = |name: &str| Failure::new(Class::Final, format!("the hub's answer has no {name}"));
@@ -223,6 +248,10 @@ impl Client {
             let commit = Commit::parse(&commit).ok_or_else(|| {
                 Failure::new(Class::Final, format!("the hub's commit '{}' is not 40 hex digits", printable(&commit)))
             })?;
+            if let Some(asked) = target.commit().filter(|asked| *asked != commit) {
+                let what = format!("the hub's answer is of commit {}, not of {}", commit.as_str(), asked.as_str());
+                return Err(Failure::new(Class::Final, what));
+            }
             let etag = Etag::parse(&linked_etag.or(etag).ok_or_else(|| lacks("ETag"))?)?;
             let size = size.ok_or_else(|| lacks("size (X-Linked-Size or Content-Length)"))?;
             return Ok(Described { commit, etag, size, url });
@@ -243,16 +272,24 @@ impl Client {
                 continue;
             }
             let headers = response.headers();
-            let first = match response.status().as_u16() {
+            let part = match response.status().as_u16() {
                 200 => None,
-                206 => match text(headers, "content-range").as_deref().and_then(first_of_range) {
-                    Some(first) => Some(first),
+                206 => match text(headers, "content-range").as_deref().and_then(first_and_total) {
+                    Some(part) => Some(part),
                     None => return Err(Failure::new(Class::Restart, "an answer 206 without a readable Content-Range")),
                 },
                 _ => return Err(self.refusal(&response, at_home)),
             };
-            let (length, gzip) = (number(headers, "content-length"), is_gzip(headers));
-            return Ok(Content { first, length, gzip, body: response.into_body() });
+            let gzip = match encoding(headers) {
+                Encoding::None => false,
+                Encoding::Gzip => true,
+                Encoding::Other(name) => {
+                    let what = format!("the answer is encoded as '{}', which nobody asked for", printable(&name));
+                    return Err(Failure::new(Class::Final, what));
+                }
+            };
+            let length = number(headers, "content-length");
+            return Ok(Content { part, length, gzip, body: response.into_body() });
         }
         Err(too_many_hops())
     }
@@ -274,7 +311,7 @@ impl Client {
         }
         let (class, what) = match (status, code.as_deref()) {
             (429 | 408 | 500..=599, _) => {
-                let after = number(headers, "retry-after").map(Duration::from_secs);
+                let after = retry_after(headers);
                 (Class::Transient(after), format!("{who} answers {status}{said}"))
             }
             (416, _) => (Class::Restart, format!("{who} answers 416 to a request for the rest of the file{said}")),
@@ -308,7 +345,13 @@ fn redirect(response: &Response<ureq::Body>, from: &Url) -> Result<Option<Url>, 
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }
-    match text(response.headers(), "location") {
+    // Names of files stand in it, and not every server encodes them.
+    let encoded = |value: &header::HeaderValue| -> String {
+        let graphic =
+            |byte: &u8| if byte.is_ascii_graphic() { char::from(*byte).into() } else { format!("%{byte:02X}") };
+        value.as_bytes().iter().map(graphic).collect()
+    };
+    match response.headers().get(header::LOCATION).map(encoded) {
         Some(location) => Ok(Some(from.join(&location)?)),
         None => Err(Failure::new(Class::Final, "a redirect to nowhere (no Location)")),
     }
@@ -322,13 +365,60 @@ fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
-fn is_gzip(headers: &HeaderMap) -> bool {
-    text(headers, "content-encoding").is_some_and(|encoding| encoding.trim().eq_ignore_ascii_case("gzip"))
+#[derive(Debug, PartialEq, Eq)]
+enum Encoding {
+    None,
+    Gzip,
+    Other(String),
 }
 
-/// FIRST of `bytes FIRST-LAST/TOTAL`.
-fn first_of_range(header: &str) -> Option<u64> {
-    header.trim().strip_prefix("bytes ")?.split_once('-')?.0.trim().parse().ok()
+fn encoding(headers: &HeaderMap) -> Encoding {
+    let name = text(headers, "content-encoding").unwrap_or_default();
+    match name.trim().to_ascii_lowercase().as_str() {
+        "" | "identity" => Encoding::None,
+        "gzip" | "x-gzip" => Encoding::Gzip,
+        other => Encoding::Other(other.to_owned()),
+    }
+}
+
+/// The wait that the server asks for, in seconds or until a date, which its own clock is compared with.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    if let Some(seconds) = number(headers, "retry-after") {
+        return Some(Duration::from_secs(seconds));
+    }
+    let until = http_date(&text(headers, "retry-after")?)?;
+    let now = text(headers, "date")
+        .and_then(|date| http_date(&date))
+        .or_else(|| Some(std::time::SystemTime::UNIX_EPOCH.elapsed().ok()?.as_secs()))?;
+    Some(Duration::from_secs(until.saturating_sub(now)))
+}
+
+/// Seconds since 1970 of `Sun, 06 Nov 1994 08:49:37 GMT`, the one form of dates that HTTP still writes.
+fn http_date(text: &str) -> Option<u64> {
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let mut words = text.trim().split(' ').skip(1);
+    let day: u64 = words.next()?.parse().ok().filter(|day| (1..=31).contains(day))?;
+    let name = words.next()?;
+    let month = u64::try_from(MONTHS.iter().position(|month| *month == name)?).ok()?;
+    let year: u64 = words.next()?.parse().ok().filter(|year| (1970..=9999).contains(year))?;
+    let mut clock = words.next()?.split(':').map(|part| part.parse::<u64>().ok().filter(|part| *part <= 60));
+    let [hours, minutes, seconds] = [clock.next()??, clock.next()??, clock.next()??];
+    // Years from March, so that a leap day is the last: the days before a month follow one formula.
+    let (year, month) =
+        if month < 2 { (year.checked_sub(1)?, month.checked_add(10)?) } else { (year, month.checked_sub(2)?) };
+    let leap_days = (year / 4).checked_sub(year / 100)?.checked_add(year / 400)?;
+    let before = month.checked_mul(153)?.checked_add(2)? / 5;
+    let days = year.checked_mul(365)?.checked_add(leap_days)?.checked_add(before)?.checked_add(day)?;
+    // 719469 is what this gives for 1 January 1970.
+    let seconds_of_day = hours.checked_mul(3600)?.checked_add(minutes.checked_mul(60)?)?.checked_add(seconds)?;
+    days.checked_sub(719_469)?.checked_mul(86_400)?.checked_add(seconds_of_day)
+}
+
+/// FIRST and, unless it is `*`, TOTAL of `bytes FIRST-LAST/TOTAL`.
+fn first_and_total(header: &str) -> Option<(u64, Option<u64>)> {
+    let (first, rest) = header.trim().strip_prefix("bytes ")?.split_once('-')?;
+    let total = rest.split_once('/').and_then(|(_, total)| total.trim().parse().ok());
+    Some((first.trim().parse().ok()?, total))
 }
 
 #[cfg(test)]
@@ -344,6 +434,12 @@ mod tests {
             ("?y=2", "https://hub.example:8443/a/b/c?y=2"),
             ("//cdn.example/d", "https://cdn.example/d"),
             ("https://cdn.example/d?u=http://x", "https://cdn.example/d?u=http://x"),
+            ("../d", "https://hub.example:8443/a/d"),
+            ("./d?y=../z", "https://hub.example:8443/a/b/d?y=../z"),
+            ("../../../../d", "https://hub.example:8443/d"),
+            ("/../a/./b/../d", "https://hub.example:8443/a/d"),
+            ("..", "https://hub.example:8443/a/"),
+            ("/", "https://hub.example:8443/"),
         ] {
             assert_eq!(from.join(location).unwrap().0.to_string(), there, "{location}");
         }
@@ -366,10 +462,41 @@ mod tests {
 
     #[test]
     fn content_ranges() {
-        assert_eq!(first_of_range("bytes 5-9/10"), Some(5));
-        assert_eq!(first_of_range("bytes 5-9/*"), Some(5));
+        assert_eq!(first_and_total("bytes 5-9/10"), Some((5, Some(10))));
+        assert_eq!(first_and_total("bytes 5-9/*"), Some((5, None)));
         for bad in ["", "bytes", "bytes */10", "bytes 5/10", "bytes x-9/10", "bytes 99999999999999999999-/1"] {
-            assert_eq!(first_of_range(bad), None, "{bad}");
+            assert_eq!(first_and_total(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn dates() {
+        // By `date -u -d TEXT +%s`.
+        for (text, seconds) in [
+            ("Thu, 01 Jan 1970 00:00:00 GMT", Some(0)),
+            ("Sun, 06 Nov 1994 08:49:37 GMT", Some(784_111_777)),
+            ("Tue, 29 Feb 2000 23:59:60 GMT", Some(951_868_800)),
+            ("Wed, 01 Mar 2000 00:00:00 GMT", Some(951_868_800)),
+            ("Fri, 31 Dec 2100 12:00:00 GMT", Some(4_133_937_600)),
+            ("Sunday, 06-Nov-94 08:49:37 GMT", None),
+            ("Sun, 06 Nov 1994", None),
+            ("Sun, 99 Nov 1994 08:49:37 GMT", None),
+            ("Sun, 06 Nov 99999999999999999999 08:49:37 GMT", None),
+            ("", None),
+        ] {
+            assert_eq!(http_date(text), seconds, "{text}");
+        }
+        let headers = |pairs: &[(&'static str, &'static str)]| -> HeaderMap {
+            let value = |text| header::HeaderValue::from_static(text);
+            pairs.iter().map(|(k, v)| (header::HeaderName::from_static(k), value(v))).collect()
+        };
+        let [at, later] = ["Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:57 GMT"];
+        assert_eq!(retry_after(&headers(&[("retry-after", later), ("date", at)])), Some(Duration::from_secs(20)));
+        assert_eq!(retry_after(&headers(&[("retry-after", at), ("date", later)])), Some(Duration::ZERO));
+        assert_eq!(retry_after(&headers(&[("retry-after", at)])), Some(Duration::ZERO), "long ago");
+        assert_eq!(retry_after(&headers(&[("retry-after", "7")])), Some(Duration::from_secs(7)));
+        for bad in ["-1", "1.5", "soon", "18446744073709551616"] {
+            assert_eq!(retry_after(&headers(&[("retry-after", bad)])), None, "{bad}");
         }
     }
 }

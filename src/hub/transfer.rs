@@ -209,20 +209,25 @@ impl<'a> Partial<'a> {
     ) -> Result<(), Failure> {
         let size = self.described.size;
         let content = client.open(&self.described.url, self.done)?;
-        match content.first {
+        match content.part {
             // The server ignores ranges.
             None if self.done > 0 => self.reset()?,
             None => {}
-            Some(first) if first != self.done || content.gzip => {
+            Some((first, _)) if first != self.done || content.gzip => {
                 let what = format!("asked for byte {} and after, got byte {first} and after", self.done);
                 return Err(Failure::new(Class::Restart, what));
+            }
+            Some((_, Some(total))) if total != size => {
+                let what = format!("the file has {total} bytes where it lies; the hub says {size}");
+                return Err(Failure::new(Class::Stale, what));
             }
             Some(_) => {}
         }
         let missing = size.saturating_sub(self.done);
-        let Content { length, gzip, body, .. } = content;
+        let Content { part, length, gzip, body } = content;
+        // A part may end before the file does.
         if let (false, Some(length)) = (gzip, length)
-            && length != missing
+            && (length > missing || length < missing && part.is_none())
         {
             let what = format!("the answer has {length} bytes; by the size that the hub says {missing} are missing");
             return Err(Failure::new(Class::Stale, what));
