@@ -259,6 +259,46 @@ fn the_same_rows_from_any_kind_of_file_give_the_same_weights() {
 }
 
 #[test]
+fn three_models_are_trained_evaluated_encoded_and_reported() {
+    let dir = folder("three");
+    let all = tensor(&[300, 3, 8], 3);
+    let values = all.values().clone().into_f32();
+    save_npy(&dir.join("all.npy"), &all);
+    let each = (0..3).map(|m| {
+        let values = values.chunks_exact(8).skip(m).step_by(3).flatten().copied().collect();
+        save_npy(&dir.join(format!("{m}.npy")), &Tensor::new(vec![300, 8], Values::F32(values)).unwrap());
+        text(&dir.join(format!("{m}.npy")))
+    });
+    let (all, each) = (vec![text(&dir.join("all.npy"))], each.collect::<Vec<_>>());
+    let mut found = Vec::new();
+    for (i, acts) in [&all, &each].into_iter().enumerate() {
+        let out = text(&dir.join(format!("out-{i}")));
+        let keys = ["--dict_size", "16", "--batch_size", "10", "--num_tokens", "300", "--out", &out];
+        let output = run(&acts.iter().map(String::as_str).chain(keys).collect::<Vec<_>>());
+        assert!(output.status.success(), "{acts:?}: {}", stderr(&output));
+        let mut files = files(&Path::new(&out).join("version_0"));
+        files.remove("resume.pt");
+        found.push(files);
+    }
+    assert!(found[0] == found[1], "one file, or one for each model");
+    let checkpoint = text(&dir.join("out-0/version_0"));
+    for verb in [&["eval"][..], &["encode", "--out", &text(&dir.join("latents.pt"))], &["report", "--csv", "-"]] {
+        let verb_with = |acts: &[String]| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+            let output = command.args(verb).arg(&checkpoint).args(acts).output().unwrap();
+            assert!(output.status.success(), "{verb:?}: {}", stderr(&output));
+            let _ = std::fs::remove_file(dir.join("latents.pt"));
+            stdout(&output)
+        };
+        let printed = verb_with(&each);
+        assert_eq!(printed, verb_with(&all), "{verb:?}");
+        let model_2 = ["explained_variance_2", "decoder_norm_2"].iter().any(|name| printed.contains(name));
+        assert!(model_2 || verb[0] == "encode", "{printed}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn bad_activations_are_told_before_the_first_step() {
     let dir = folder("bad");
     let good = dir.join("good.npy");

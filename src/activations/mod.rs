@@ -59,8 +59,8 @@ struct Kind {
 }
 
 impl Activations {
-    /// Opens a set: one file or several of shape [n, n_models, d_in], whose rows follow one another; or exactly two files of
-    /// shape [n, d_in], model A's and model B's; or one directory, whose `.pt`, `.npy` and `.safetensors` files are taken in
+    /// Opens a set: one file or several of shape [n, n_models, d_in], whose rows follow one another; or two files of shape
+    /// [n, d_in] or more, one for each model; or one directory, whose `.pt`, `.npy` and `.safetensors` files are taken in
     /// the order of their names. Only headers are read.
     ///
     /// # Errors
@@ -82,26 +82,22 @@ impl Activations {
                 };
                 opened.into_iter().map(part).collect()
             }
-            (2, 2) => {
-                let (a, b) = (&opened[0], &opened[1]);
-                if (a.shape(), a.dtype()) != (b.shape(), b.dtype()) {
-                    return Err(Error::shape(format!(
-                        "model A's is {} {:?}, model B's {} {:?}; they must be equal",
-                        a.dtype(),
-                        a.shape(),
-                        b.dtype(),
-                        b.shape()
-                    ))
-                    .at(format!("{} and {}", a.name(), b.name())));
+            (flat, n_models) if flat == n_models && n_models > 1 => {
+                let a = &opened[0];
+                if let Some(b) = opened.iter().find(|b| (a.shape(), a.dtype()) != (b.shape(), b.dtype())) {
+                    let [one, other] = [a, b].map(|f| format!("{} {:?}", f.dtype(), f.shape()));
+                    return Err(Error::shape(format!("one model's is {one}, another's {other}; they must be equal"))
+                        .at(format!("{} and {}", a.name(), b.name())));
                 }
-                let name = format!("{} and {}", a.name(), b.name());
-                vec![(name, a.shape()[0], kind_of(a, 2, a.shape()[1]), Source::Files(std::mem::take(&mut opened)))]
+                let name = opened.iter().map(RowFile::name).collect::<Vec<_>>().join(" and ");
+                let kind = kind_of(a, n_models, a.shape()[1]);
+                vec![(name, a.shape()[0], kind, Source::Files(std::mem::take(&mut opened)))]
             }
             _ => {
                 let odd = opened.iter().find(|f| f.shape().len() == 2);
                 let odd = odd.map(|f| f.name()).unwrap_or_default();
-                let what =
-                    "has shape [n, d_in]; activations are files [n, n_models, d_in], or exactly two files [n, d_in]";
+                let what = "has shape [n, d_in]; activations are files [n, n_models, d_in], or one file [n, d_in] for each \
+                            of two models or more";
                 return Err(Error::shape(what).at(odd));
             }
         };

@@ -25,8 +25,8 @@ artifacts of the l1 penalty.
 
 CHECKPOINT: a version directory (its newest checkpoint), a weights file with its cfg beside it, a folder with both, or
 hf://OWNER/REPO[@REVISION][/PATH].
-ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or two files [n, d_in] for A and B, or a directory
-of them.
+ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or a file [n, d_in] for each model, A's first, or a
+directory of them.
 
 Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
 

@@ -27,8 +27,8 @@ crosscoder train [ACTS…] [--cfg FILE] [--KEY VALUE]… [--out DIR] [--resume]
 
 Trains a crosscoder on activations and saves checkpoints that the Python original loads.
 
-ACTS: files (.pt, .npy, .safetensors) of shape [n, 2, d_in], one after the other; or two files [n, d_in], model A's and
-model B's; or a directory of such files. Without ACTS it trains on a small set of real activations built into the program.
+ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], one after the other; or a file [n, d_in] for each
+model, A's first; or a directory of such files. Without ACTS it trains on a small set of real activations built into the program.
 
   --cfg FILE         a cfg of the original (JSON); its keys replace the defaults
   --KEY VALUE        any key of the cfg, e.g. --dict_size 4096 --l1_coeff 1; it replaces the file's
