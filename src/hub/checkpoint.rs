@@ -20,11 +20,15 @@ pub struct Address {
 }
 
 impl Address {
-    /// This path of the repository's main branch.
+    /// This path of the repository's main branch; with a '/' at its end it is a folder, whatever its name.
     pub fn new(repo: &str, path: &str) -> Self {
+        let is_folder = path.ends_with('/');
         let path = path.trim_end_matches('/');
-        let path = if path == "." { "" } else { path };
-        Address { repo: repo.to_owned(), revision: DEFAULT_REVISION.to_owned(), path: path.to_owned() }
+        let mut path = if path == "." { String::new() } else { path.to_owned() };
+        if is_folder && is_weights(&path) {
+            path.push('/');
+        }
+        Address { repo: repo.to_owned(), revision: DEFAULT_REVISION.to_owned(), path }
     }
 
     /// Reads an address. Its parts are checked when they are used.
@@ -54,6 +58,11 @@ impl Address {
     }
 }
 
+/// Whether the name is that of a weights file.
+fn is_weights(path: &str) -> bool {
+    [".pt", ".pth", ".safetensors"].iter().any(|end| path.ends_with(end))
+}
+
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "hf://{}@{}/{}", self.repo, self.revision, self.path)
@@ -68,9 +77,9 @@ impl Hub {
     /// # Errors
     /// As [`Hub::download`]; if there is no checkpoint, [`ErrorKind::Absent`] with all names that were looked for.
     pub fn checkpoint(&self, address: &Address, progress: &mut dyn FnMut(Event<'_>)) -> Result<Files> {
-        let is_weights = [".pt", ".pth", ".safetensors"].iter().any(|end| address.path.ends_with(end));
+        let is_weights = is_weights(&address.path);
         let (folder, name) = match address.path.rsplit_once('/') {
-            _ if !is_weights => (address.path.as_str(), ""),
+            _ if !is_weights => (address.path.trim_end_matches('/'), ""),
             Some((folder, name)) => (folder, name),
             None => ("", address.path.as_str()),
         };
@@ -148,6 +157,7 @@ mod tests {
             ("hf://o/r/blocks.14.hook_resid_pre", "o/r", "main", "blocks.14.hook_resid_pre"),
             ("hf://o/r/a/b/1.pt", "o/r", "main", "a/b/1.pt"),
             ("hf://o/r@v1/a/", "o/r", "v1", "a"),
+            ("hf://o/r/a.pt/", "o/r", "main", "a.pt/"),
             ("hf://o/r@refs/pr/3/a/b", "o/r", "refs/pr/3", "a/b"),
             ("hf://o/r@refs%2Fpr%2F3/a", "o/r", "refs/pr/3", "a"),
         ] {
