@@ -8,7 +8,7 @@ use crate::atomic;
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Cpu, Scalar, Shaped};
 use crate::config::Config;
-use crate::crosscoder::CrossCoder;
+use crate::crosscoder::{CrossCoder, checked_shape};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::files::TensorFile;
@@ -156,9 +156,12 @@ pub fn read_cfg(path: &Path) -> Result<Config> {
 /// Reads a checkpoint's cfg and its four parameters, on the host: in whatever layout, the original's comes out.
 ///
 /// # Errors
-/// Files that cannot be read; weights of no layout that is known, or of one that is not supported.
+/// Files that cannot be read; weights of no layout that is known, or of one that is not supported; weights that contradict each
+/// other or the cfg.
 pub fn read(files: &Files) -> Result<(Config, Parameters<Tensor>)> {
-    layouts::read(&mut TensorFile::open(&files.weights)?, read_cfg(&files.cfg)?, &files.cfg)
+    let (cfg, weights) = layouts::read(&mut TensorFile::open(&files.weights)?, read_cfg(&files.cfg)?, &files.cfg)?;
+    checked_shape(&cfg, &weights).map_err(|e| e.in_file(&files.weights))?;
+    Ok((cfg, weights))
 }
 
 impl CrossCoder {

@@ -53,6 +53,37 @@ pub(crate) fn model_name(m: usize, n_models: usize) -> String {
     }
 }
 
+/// `n_models`, `d_in`, `d_hidden` of weights that fit each other and the cfg.
+///
+/// # Errors
+/// Shapes that contradict each other or the cfg's `d_in`, `dict_size` and, if it is there, `n_models`; integer weights.
+pub(crate) fn checked_shape(cfg: &Config, weights: &Parameters<Tensor>) -> Result<[usize; 3]> {
+    let (d_in, d_hidden) = (cfg.d_in()?, cfg.dict_size()?);
+    let n_models = match weights.w_enc.shape() {
+        &[n_models, _, _] if n_models > 0 => n_models,
+        shape => {
+            return Err(Error::shape(format!("W_enc has shape {shape:?}; it needs [n_models, d_in, dict_size]")));
+        }
+    };
+    if cfg.get("n_models").is_some() && cfg.n_models()? != n_models {
+        let found = format!("W_enc has shape {:?}; the cfg has n_models {}", weights.w_enc.shape(), cfg.n_models()?);
+        return Err(Error::shape(found));
+    }
+    let needed = [vec![n_models, d_in, d_hidden], vec![d_hidden, n_models, d_in], vec![d_hidden], vec![n_models, d_in]];
+    for ((tensor, needed), name) in weights.each().iter().zip(&needed).zip(crate::autodiff::PARAMETER_NAMES) {
+        if tensor.shape() != needed {
+            return Err(Error::shape(format!(
+                "{name} has shape {:?}; the cfg (d_in {d_in}, dict_size {d_hidden}) needs {needed:?}",
+                tensor.shape()
+            )));
+        }
+        if !matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(Error::unsupported(format!("{name} has dtype {}; weights are floats", tensor.dtype())));
+        }
+    }
+    Ok([n_models, d_in, d_hidden])
+}
+
 /// The terms of the loss on a tape, and what the log shows.
 pub(crate) struct Losses {
     /// [batch, n_models · d_in], in the dtype.
@@ -90,31 +121,7 @@ impl<B: Backend> CrossCoder<B> {
     /// Shapes that contradict each other or the cfg's `d_in`, `dict_size` and, if it is there, `n_models`; integer weights; a
     /// cfg with a threshold that [`BatchTopK::from_cfg`] refuses.
     pub fn from_tensors(backend: B, cfg: Config, weights: Parameters<Tensor>) -> Result<Self> {
-        let (d_in, d_hidden) = (cfg.d_in()?, cfg.dict_size()?);
-        let n_models = match weights.w_enc.shape() {
-            &[n_models, _, _] if n_models > 0 => n_models,
-            shape => {
-                return Err(Error::shape(format!("W_enc has shape {shape:?}; it needs [n_models, d_in, dict_size]")));
-            }
-        };
-        if cfg.get("n_models").is_some() && cfg.n_models()? != n_models {
-            let found =
-                format!("W_enc has shape {:?}; the cfg has n_models {}", weights.w_enc.shape(), cfg.n_models()?);
-            return Err(Error::shape(found));
-        }
-        let needed =
-            [vec![n_models, d_in, d_hidden], vec![d_hidden, n_models, d_in], vec![d_hidden], vec![n_models, d_in]];
-        for ((tensor, needed), name) in weights.each().iter().zip(&needed).zip(crate::autodiff::PARAMETER_NAMES) {
-            if tensor.shape() != needed {
-                return Err(Error::shape(format!(
-                    "{name} has shape {:?}; the cfg (d_in {d_in}, dict_size {d_hidden}) needs {needed:?}",
-                    tensor.shape()
-                )));
-            }
-            if !matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                return Err(Error::unsupported(format!("{name} has dtype {}; weights are floats", tensor.dtype())));
-            }
-        }
+        let [n_models, d_in, d_hidden] = checked_shape(&cfg, &weights)?;
         let width = n_models * d_in;
         let lying = |t: Tensor| t.into_row_major().into_values();
         let params = Parameters {

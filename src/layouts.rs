@@ -122,7 +122,7 @@ pub fn recognise(tensors: &[TensorInfo]) -> Result<Option<Layout>> {
 }
 
 fn shape_is_one(tensors: &[TensorInfo], name: &str) -> bool {
-    tensors.iter().any(|t| bare(&t.name) == name && t.shape.iter().product::<usize>() == 1)
+    tensors.iter().any(|t| bare(&t.name) == name && t.shape.iter().all(|&size| size == 1))
 }
 
 fn bare(name: &str) -> &str {

@@ -17,7 +17,7 @@ use crate::autodiff::Parameters;
 use crate::batch_topk::BatchTopK;
 use crate::buffer::HeldOut;
 use crate::config::Config;
-use crate::crosscoder::model_name;
+use crate::crosscoder::{checked_shape, model_name};
 use crate::error::{Error, Result};
 use crate::tensor::{Positions, Tensor, Values};
 use serde_json::Value;
@@ -110,7 +110,8 @@ pub fn set_factors(cfg: &mut Config, factors: &[f64]) {
 /// norms that it was trained with, see [`crate::batch_topk`].
 ///
 /// # Errors
-/// A cfg without factors, one whose factors are folded already, another number of factors than models.
+/// A cfg without factors, one whose factors are folded already, another number of factors than models; weights that contradict
+/// the cfg.
 pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
     if cfg.get(FOLDED_KEY).is_some() {
         return Err(Error::usage(format!(
@@ -120,7 +121,7 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
     let Some(factors) = factors(cfg)? else {
         return Err(Error::usage(format!("the cfg has no {FACTOR_KEY:?}: there is nothing to fold")));
     };
-    let n_models = weights.b_dec.shape().first().copied().unwrap_or(0);
+    let [n_models, ..] = checked_shape(cfg, &weights)?;
     if factors.len() != n_models {
         return Err(Error::shape(format!(
             "cfg key {FACTOR_KEY:?} has {} factors for {n_models} models",

@@ -404,6 +404,12 @@ fn names_of_no_layout_and_a_missing_cfg_are_errors() {
     refused(&folder, "{}", &[("W_enc", tensor(&[2, 6, 20]))], &["W_dec is missing"]);
     refused(&folder, "{}", &[("W_enc", tensor(&[2, 6, 20])), ("threshold", tensor(&[20]))], &["JumpReLU crosscoder"]);
     refused(&folder, "{}", &[("W_enc", tensor(&[6, 20])), ("W_skip", tensor(&[6, 6]))], &["transcoder"]);
+    let header = r#"{"W_enc":{"dtype":"F32","shape":[1,0],"data_offsets":[0,0]},
+        "threshold":{"dtype":"F32","shape":[9223372036854775807,4,0],"data_offsets":[0,0]}}"#;
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+    std::fs::write(folder.0.join("model.safetensors"), bytes).unwrap();
+    let empty = CrossCoder::load(&folder.0).unwrap_err().to_string();
+    assert!(empty.contains("JumpReLU"), "an empty tensor may have any sizes: {empty}");
 
     std::fs::remove_file(folder.0.join("config.json")).unwrap();
     let message = |path: &Path| CrossCoder::load(path).unwrap_err().to_string();
@@ -498,6 +504,17 @@ mod convert {
     }
 
     #[test]
+    fn a_folder_of_no_known_layout_is_told_by_its_tensors() {
+        let folder = Folder::new("unknown");
+        save(&folder, "{}", &[("weight", tensor(&[2, 2]))]);
+        let (ok, stderr) = convert(&[folder.0.as_ref(), folder.0.join("out.pt").as_ref()]);
+        assert!(!ok && stderr.contains("\"weight\"") && stderr.contains("W_enc, W_dec, b_enc, b_dec"), "{stderr}");
+        // By its own name it is a file of tensors like any other.
+        let (ok, stderr) = convert(&[folder.0.join("model.safetensors").as_ref(), folder.0.join("out.pt").as_ref()]);
+        assert!(ok, "{stderr}");
+    }
+
+    #[test]
     fn factors_are_folded_once() {
         let folder = Folder::new("fold");
         let (mut cfg, weights) = checkpoint::read(&checkpoint::find(&fixtures().join("original")).unwrap()).unwrap();
@@ -523,6 +540,24 @@ mod convert {
         }
         let theirs = before.forward(scaled.view()).unwrap();
         assert!(difference(&wide(&rec), &wide(&theirs)) <= 1e-5 * largest(wide(&theirs)), "in the units of x");
+
+        // Weights that do not fit are neither folded nor converted.
+        let odd = Folder::new("odd");
+        save(
+            &odd,
+            r#"{"d_in": 6, "dict_size": 20, "enc_dtype": "fp32", "normalisation_factor": [1, 2]}"#,
+            &[
+                ("W_enc", tensor(&[3, 6, 20])),
+                ("W_dec", tensor(&[20, 2, 6])),
+                ("b_enc", tensor(&[20])),
+                ("b_dec", tensor(&[2, 6])),
+            ],
+        );
+        for args in [&[][..], &["--fold".as_ref()]] {
+            let target = odd.0.join("o.pt");
+            let (ok, stderr) = convert(&[&[odd.0.as_ref(), target.as_ref()], args].concat());
+            assert!(!ok && stderr.contains("[20, 2, 6]") && !target.exists(), "{stderr}");
+        }
 
         let (ok, stderr) = convert(&[out.as_ref(), folder.0.join("twice.pt").as_ref(), "--fold".as_ref()]);
         assert!(!ok && stderr.contains("folded into these weights already"), "{stderr}");

@@ -61,7 +61,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         Err(_) => true,
     };
     match args::checkpoint(from) {
-        Ok(files) if is_checkpoint(&files) => convert_checkpoint(&files, to, dtype, fold, force)?,
+        Ok(files) if !from.is_file() || is_checkpoint(&files) => convert_checkpoint(&files, to, dtype, fold, force)?,
         Err(error) if !from.is_file() => return Err(error),
         _ if fold => return Err(Error::usage("--fold needs a checkpoint: weights with their cfg").in_file(from)),
         _ => convert_tensors(from, to, dtype, force)?,
