@@ -30,7 +30,8 @@
 //! | `cli` (default) | the program `crosscoder`, with `hub` |
 //! | `hub` | downloads from the Hugging Face hub, [`ureq`](https://docs.rs/ureq) and TLS |
 //!
-//! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they need.
+//! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they bring, of
+//! which `crc32fast` and `zerocopy` are used here too.
 
 pub mod activations;
 pub mod analysis;
