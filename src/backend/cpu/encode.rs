@@ -586,8 +586,10 @@ mod tests {
         assert!(!wm.has_sketch());
     }
 
-    /// Activations, weights and biases.
-    fn extreme_numbers() -> Vec<(&'static str, Vec<f32>, Vec<f32>, Vec<f32>)> {
+    /// What it is, activations, weights, biases.
+    type Numbers = (&'static str, Vec<f32>, Vec<f32>, Vec<f32>);
+
+    fn extreme_numbers() -> Vec<Numbers> {
         let (mut x, mut w) = (numbers(BATCH * TERMS, 5), numbers(HIDDEN * TERMS, 6));
         let mut b = vec![-12.0; HIDDEN];
         // Columns as far apart as activations have them, and a row of each extreme.
