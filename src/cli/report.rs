@@ -94,7 +94,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if asked.out.is_none() && asked.json.is_none() && asked.csv.is_none() && asked.svg.is_none() {
         asked.out = Some("report.html".into());
     }
-    for path in [&asked.out, &asked.json, &asked.csv].into_iter().flatten() {
+    let files = [&asked.out, &asked.json, &asked.csv];
+    for (i, path) in files.iter().enumerate() {
+        if path.is_some() && files[..i].contains(path) {
+            return Err(Error::usage("--out, --json and --csv need different files"));
+        }
+    }
+    for path in files.into_iter().flatten() {
         args::may_write(path, asked.force || is_stdout(path))?;
     }
     let files = args::checkpoint(&asked.paths[0])?;
@@ -155,6 +161,13 @@ fn stats(crosscoder: &CrossCoder, norms: &DecoderNorms, acts: &Activations, aske
 }
 
 fn write(report: &Report, asked: &Asked) -> Result<()> {
+    let mut charts = Vec::new();
+    if let Some(folder) = &asked.svg {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
+        charts.extend(report.figures().into_iter().map(|f| (folder.join(format!("{}.svg", f.name)), f)));
+    }
+    // All or nothing: a file that is there is found before the first is written.
+    charts.iter().try_for_each(|(path, _)| args::may_write(path, asked.force))?;
     let texts: [(&Option<PathBuf>, &dyn Fn() -> String); 3] =
         [(&asked.json, &|| report.to_json()), (&asked.csv, &|| report.to_csv()), (&asked.out, &|| report.to_html())];
     for (path, text) in texts {
@@ -164,13 +177,8 @@ fn write(report: &Report, asked: &Asked) -> Result<()> {
             None => {}
         }
     }
-    if let Some(folder) = &asked.svg {
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
-        for figure in report.figures() {
-            let path = folder.join(format!("{}.svg", figure.name));
-            args::may_write(&path, asked.force)?;
-            write_file(&path, &figure.to_svg())?;
-        }
+    for (path, figure) in charts {
+        write_file(&path, &figure.to_svg())?;
     }
     Ok(())
 }

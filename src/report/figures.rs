@@ -1,8 +1,10 @@
 //! The charts of a report: what each shows and how it was computed.
 
 use super::svg::{Axis, Bar, Chart, Marks, SERIES, STYLE, count, nice_ceil, short};
-use super::{Report, group_index, group_name};
-use crate::analysis::{ActivationStats, COSINE_BINS, Group, Histogram, LatentScaling, RELATIVE_NORM_BINS, finite};
+use super::{Report, group_index};
+use crate::analysis::{
+    ActivationStats, COSINE_BINS, Group, Histogram, LatentScaling, LatentStats, RELATIVE_NORM_BINS, finite, group_name,
+};
 
 /// Points of a curve beyond which it is thinned: each of half as many stretches keeps its lowest and highest point.
 const MAX_POINTS: usize = 1000;
@@ -92,6 +94,7 @@ pub(super) fn all(report: &Report) -> Vec<Figure> {
     if let Some(stats) = &report.activations {
         out.push(density(report, stats));
         out.push(l0(stats));
+        out.extend(strengths(stats));
         if report.is_pair() {
             out.push(nu(report, stats, "nu_reconstruction", LatentScaling::nu_reconstruction));
             out.push(nu(report, stats, "nu_error", LatentScaling::nu_error));
@@ -123,7 +126,7 @@ fn relative_norms(report: &Report) -> Figure {
     let sizes = report.group_sizes();
     let chart = Chart {
         x: Axis::linear("relative decoder norm", 0.0, 1.0, 4),
-        y: Axis::counts("latents", highest([&histogram]), false),
+        y: Axis::counts("number of latents", highest([&histogram]), false),
         series: vec![("", Marks::Bars(bars(&histogram, "latents", class)))],
         legend: ["A only", "shared", "B only"].map(str::to_owned).into_iter().zip(GROUP_CLASSES).collect(),
         rules: vec![low, high],
@@ -152,7 +155,7 @@ fn outlines(report: &Report, key: &str, histograms: &[Histogram]) -> (Chart, Vec
     let class = |m: usize| SERIES[m % SERIES.len()];
     let chart = Chart {
         x: Axis::linear(key, histograms[0].low, histograms[0].high, 4),
-        y: Axis::counts("latents", highest(histograms), true),
+        y: Axis::counts("number of latents", highest(histograms), true),
         series: histograms.iter().enumerate().map(|(m, h)| (class(m), Marks::Steps(h.clone()))).collect(),
         legend: (0..histograms.len().min(6)).map(|m| (report.letter(m), class(m))).collect(),
         rules: vec![],
@@ -207,7 +210,7 @@ fn cosines(report: &Report) -> Figure {
     let histogram = Histogram::new(-1.0, 1.0, COSINE_BINS, shared.filter_map(|h| report.norms.cosine(h)));
     let chart = Chart {
         x: Axis::linear("cosine similarity", -1.0, 1.0, 4),
-        y: Axis::counts("latents", highest([&histogram]), true),
+        y: Axis::counts("number of latents", highest([&histogram]), true),
         series: vec![("", Marks::Bars(bars(&histogram, "latents", |_| "c2")))],
         legend: vec![],
         rules: vec![],
@@ -233,15 +236,14 @@ fn density(report: &Report, stats: &ActivationStats) -> Figure {
     let decades = (stats.rows as f64).log10().ceil().max(1.0);
     let fired = report.latents().filter(|&h| stats.latents[h].fired > 0);
     let histogram = Histogram::new(-decades, 0.0, 10 * decades as usize, fired.map(|h| stats.density(h).log10()));
-    let edge = |v: f64| 10f64.powf(v);
-    let bars = histogram.counts.iter().enumerate().map(|(bin, &n)| {
-        let (from, to) = histogram.edges(bin);
-        let says = format!("{} to {}: {} latents", short(edge(from)), short(edge(to)), count(n));
-        Bar { from: edge(from), to: edge(to), count: n, class: "c3", says }
-    });
+    let says = |bar: Bar| {
+        let (from, to) = (short(10f64.powf(bar.from)), short(10f64.powf(bar.to)));
+        Bar { says: format!("{from} to {to}: {} latents", count(bar.count)), ..bar }
+    };
+    let bars = bars(&histogram, "latents", |_| "c3").into_iter().map(says);
     let chart = Chart {
-        x: Axis::log("firing density: share of rows (log scale)", edge(-decades), 1.0),
-        y: Axis::counts("latents", highest([&histogram]), false),
+        x: Axis::of_log10("firing density: share of rows (log scale)", -decades, 0.0),
+        y: Axis::counts("number of latents", highest([&histogram]), false),
         series: vec![("", Marks::Bars(bars.collect()))],
         legend: vec![],
         rules: vec![],
@@ -275,7 +277,7 @@ fn l0(stats: &ActivationStats) -> Figure {
     };
     let chart = Chart {
         x: Axis::linear("L0: latents above zero on a row", 0.0, bins * width, 4),
-        y: Axis::counts("rows", highest([&histogram]), false),
+        y: Axis::counts("number of rows", highest([&histogram]), false),
         series: vec![("", Marks::Bars(bars(&histogram, "rows", |_| "c3").into_iter().map(says).collect()))],
         legend: vec![],
         rules: vec![],
@@ -296,6 +298,37 @@ fn l0(stats: &ActivationStats) -> Figure {
     }
 }
 
+/// None if no latent fires.
+fn strengths(stats: &ActivationStats) -> Option<Figure> {
+    let firing = || stats.latents.iter().filter(|l| l.fired > 0);
+    let means = || firing().filter_map(LatentStats::mean_when_active).map(f64::log10);
+    let maxima = || firing().map(|l| l.max.log10());
+    let low = means().filter_map(finite).reduce(f64::min)?.floor();
+    let high = maxima().filter_map(finite).reduce(f64::max)?.ceil().max(low + 1.0);
+    let of = |values: &mut dyn Iterator<Item = f64>| Histogram::new(low, high, 20 * (high - low) as usize, values);
+    let histograms = [of(&mut means()), of(&mut maxima())];
+    let series = [("mean", "c3"), ("maximum", "c4")];
+    let chart = Chart {
+        x: Axis::of_log10("activation (log scale)", low, high),
+        y: Axis::counts("number of latents", highest(&histograms), false),
+        series: series.iter().zip(&histograms).map(|((_, class), h)| (*class, Marks::Steps(h.clone()))).collect(),
+        legend: series.map(|(name, class)| (name.to_owned(), class)).to_vec(),
+        rules: vec![],
+    };
+    Some(Figure {
+        name: "activation".into(),
+        title: "Mean and maximal activation".into(),
+        caption: format!(
+            "Of each of the {} latents that fire: the mean over the rows on which it is above zero, and the maximum. 20 \
+             bins a decade.",
+            count(firing().count() as u64)
+        ),
+        histograms: ["log10_mean_when_active", "log10_max"].map(str::to_owned).into_iter().zip(histograms).collect(),
+        section: Section::Activations,
+        chart,
+    })
+}
+
 fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScaling) -> Option<f64>) -> Figure {
     let histogram = |group: Group| {
         let members = report.latents().filter(|&h| report.group(h) == Some(group));
@@ -308,7 +341,7 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
     let total: u64 = histograms.iter().map(|h| h.total() + h.outside).sum();
     let chart = Chart {
         x: Axis::linear(&name.replace('_', " ").replace("nu", "ν"), -0.5, 1.5, 4),
-        y: Axis::counts("latents", highest(&histograms), true),
+        y: Axis::counts("number of latents", highest(&histograms), true),
         // The exclusive ones over the shared ones.
         series: [1, 0, 2]
             .into_iter()

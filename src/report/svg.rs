@@ -43,25 +43,35 @@ impl Axis {
         Axis { label: label.to_owned(), low, high, ticks, log: false }
     }
 
-    /// From `low` to `high`, both above 0, with ticks at powers of ten (of 1, 2, 5 where there are few).
+    /// From `low` to `high`, both above 0, with ticks at powers of ten (and at 2 and 5 times them where they are few).
     pub(super) fn log(label: &str, low: f64, high: f64) -> Self {
         let high = if high > low { high } else { low * 10.0 };
         let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
-        let factors: &[f64] = if high / low < 150.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        let factors: &[f64] = if high / low < 600.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        // One way of writing for all ticks of an axis.
+        let plain = first >= -2 && last <= 5;
         let every = ((last - first - 1) / 6 + 1) as usize;
         let ticks = (first..=last)
             .step_by(every)
             .flat_map(|e| factors.iter().map(move |f| (f * 10f64.powi(e), e)))
             .filter(|(v, _)| *v >= low * 0.999_999 && *v <= high * 1.000_001)
-            .map(|(v, e)| (v, if (-2..4).contains(&e) { short(v) } else { power(v, e) }))
+            .map(|(v, e)| (v, if plain || v == 1.0 { short(v) } else { power(v, e) }))
             .collect();
         Axis { label: label.to_owned(), low, high, ticks, log: true }
+    }
+
+    /// For a histogram of log10: `low` to `high` are logarithms, the ticks show the numbers.
+    pub(super) fn of_log10(label: &str, low: f64, high: f64) -> Self {
+        let Axis { label, ticks, .. } = Self::log(label, 10f64.powf(low), 10f64.powf(high));
+        Axis { label, low, high, ticks: ticks.into_iter().map(|(v, text)| (v.log10(), text)).collect(), log: false }
     }
 
     /// For counts up to `max`: from 0, or logarithmic from a half, so that a count of 1 has a height.
     pub(super) fn counts(label: &str, max: u64, log: bool) -> Self {
         if log {
-            return Self::log(&format!("{label} (log scale)"), 0.5, (max as f64 * 1.3).max(10.0));
+            let mut axis = Self::log(&format!("{label} (log scale)"), 0.5, (max as f64 * 1.3).max(10.0));
+            axis.ticks.retain(|(count, _)| *count >= 1.0);
+            return axis;
         }
         let step = nice_ceil((max as f64 / 4.0).max(1.0));
         Self::linear(label, 0.0, step * (max as f64 / step).ceil().max(1.0), 4)
