@@ -49,10 +49,15 @@ use crate::backend::{Backend, Scalar, Support};
 use crate::crosscoder::CrossCoder;
 use crate::error::{Error, Result};
 use crate::evaluation::{Batches, check};
+use ndarray::Array2;
+use ndarray::linalg::general_mat_mul;
 use std::ops::Range;
 
-/// Rows of `W_dec` that are read at a time.
+/// Rows of `W_dec` that are read at a time; rows of a batch that a product of dense latents takes at a time.
 const ROWS: usize = 256;
+
+/// A latent that fires on more than this share of a batch's rows is dense.
+const DENSE_SHARE: f64 = 0.2;
 
 /// Bins of the histogram of relative decoder norms. Original: `nbins=200`.
 ///
@@ -73,6 +78,16 @@ pub enum Group {
     Shared,
     /// At or above the upper threshold: only model B has it.
     BOnly,
+}
+
+/// `A only`, `shared`, `B only`; `no direction` for none.
+pub fn group_name(group: Option<Group>) -> &'static str {
+    match group {
+        Some(Group::AOnly) => "A only",
+        Some(Group::Shared) => "shared",
+        Some(Group::BOnly) => "B only",
+        None => "no direction",
+    }
 }
 
 /// Where relative decoder norms part the groups.
@@ -183,6 +198,14 @@ impl DecoderNorms {
     /// Of two models the group.
     pub fn group(&self, h: usize, thresholds: &Thresholds) -> Option<Group> {
         self.relative_norm(h).map(|r| thresholds.group(r))
+    }
+
+    /// How many latents each group has, by its name; `no direction` are those that have no relative decoder norm. All
+    /// latents count, also those that never fire, as in the original.
+    pub fn groups(&self, thresholds: &Thresholds) -> [(&'static str, u64); 4] {
+        let all: Vec<Option<Group>> = (0..self.d_hidden()).map(|h| self.group(h, thresholds)).collect();
+        let size = |group| all.iter().filter(|g| **g == group).count() as u64;
+        [Some(Group::AOnly), Some(Group::Shared), Some(Group::BOnly), None].map(|g| (group_name(g), size(g)))
     }
 
     /// Of two models `⟨W_dec[h,0], W_dec[h,1]⟩ / (‖W_dec[h,0]‖ · ‖W_dec[h,1]‖)`, none if one of them is zero. Original:
@@ -424,8 +447,8 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
             sum.1 += value * rows as f64;
         }
         self.add_variances(&x, &rec);
-        self.add_latents(&support, numbers);
-        self.add_products(&support, &x, &rec)?;
+        self.add_l0(&support);
+        self.add_latents(&support, numbers, &x, &rec)?;
         self.stats.rows += rows as u64;
         self.stats.batches += 1;
         self.stats.batch_size = if self.stats.batches == 1 { rows as u64 } else { self.stats.batch_size };
@@ -448,18 +471,9 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         }
     }
 
-    fn add_latents(&mut self, support: &Support<B::Scalar>, numbers: &[u64]) {
-        for (b, range) in support.starts.windows(2).map(|w| w[0]..w[1]).enumerate() {
-            let row = numbers[b];
-            let mut l0 = 0;
-            for e in range {
-                let act = support.values[e].wide();
-                // Only above zero is active; nan is not.
-                if act > 0.0 {
-                    l0 += 1;
-                    self.stats.latents[support.columns[e] as usize].add(TopRow { row, act }, self.top_rows);
-                }
-            }
+    fn add_l0(&mut self, support: &Support<B::Scalar>) {
+        for range in support.starts.windows(2).map(|w| w[0]..w[1]) {
+            let l0 = support.values[range].iter().filter(|act| is_active(**act)).count();
             if self.stats.l0.len() <= l0 {
                 self.stats.l0.resize(l0 + 1, 0);
             }
@@ -467,51 +481,59 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         }
     }
 
-    /// Adds the batch's share of `R` and `X`: for each latent `⟨d[s], Σ_b f[b] · rec[b,m]⟩`, and the same of x.
-    fn add_products(&mut self, support: &Support<B::Scalar>, x: &[B::Scalar], rec: &[B::Scalar]) -> Result<()> {
-        let (width, d_in, n) = (self.sums.len(), self.crosscoder.d_in(), self.stats.n_models);
-        let by_latent = ByLatent::of(support, self.crosscoder.d_hidden());
-        let (crosscoder, norms, by_latent) = (self.crosscoder, self.norms, &by_latent);
-        let work = |latents: Range<usize>, products: &mut [f64]| {
-            let start = latents.start;
-            let (mut of_rec, mut of_x) = (vec![0.0; width], vec![0.0; width]);
-            each_decoder_row(crosscoder, latents, |h, decoder| {
-                let entries = by_latent.entries(h);
-                if entries.is_empty() {
-                    return;
-                }
-                of_rec.fill(0.0);
-                of_x.fill(0.0);
-                for &e in entries {
-                    let f = support.values[e].wide();
-                    let b = by_latent.rows[e] as usize * width..(by_latent.rows[e] as usize + 1) * width;
-                    for (sum, v) in of_rec.iter_mut().zip(&rec[b.clone()]) {
-                        *sum += f * v.wide();
-                    }
-                    for (sum, v) in of_x.iter_mut().zip(&x[b]) {
-                        *sum += f * v.wide();
-                    }
-                }
-                let s = norms.strongest(h);
-                let strongest = &decoder[s * d_in..(s + 1) * d_in];
-                let (r, x) = products[(h - start) * 2 * n..(h - start + 1) * 2 * n].split_at_mut(n);
-                for m in 0..n {
-                    r[m] += dot(strongest, &of_rec[m * d_in..(m + 1) * d_in]);
-                    x[m] += dot(strongest, &of_x[m * d_in..(m + 1) * d_in]);
-                }
-            })
-        };
+    /// Adds the batch's share of each latent's numbers, of `R` and of `X`.
+    fn add_latents(
+        &mut self,
+        support: &Support<B::Scalar>,
+        numbers: &[u64],
+        x: &[B::Scalar],
+        rec: &[B::Scalar],
+    ) -> Result<()> {
+        let (crosscoder, norms, top_rows) = (self.crosscoder, self.norms, self.top_rows);
+        let (d_hidden, d_in, n) = (crosscoder.d_hidden(), crosscoder.d_in(), crosscoder.n_models());
+        let width = n * d_in;
+        let sums = Sums::new(ByLatent::of(support, d_hidden), x, rec, width);
         // Each latent belongs to one thread: results do not depend on how many there are.
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let per_thread = crosscoder.d_hidden().div_ceil(threads).max(1);
-        let products = self.stats.products.chunks_mut(per_thread * 2 * n).enumerate();
+        let per_thread = d_hidden.div_ceil(threads).max(1);
+        let (latents, products) = (&mut self.stats.latents, &mut self.stats.products);
+        let parts = latents.chunks_mut(per_thread).zip(products.chunks_mut(per_thread * 2 * n));
+        let work = |first: usize, latents: &mut [LatentStats], products: &mut [f64]| {
+            for (h, latent) in (first..).zip(&mut *latents) {
+                let (rows, acts) = sums.acts.of_latent(h);
+                for (&b, &act) in rows.iter().zip(acts).filter(|(_, act)| is_active(**act)) {
+                    latent.add(TopRow { row: numbers[b as usize], act: act.wide() }, top_rows);
+                }
+            }
+            let end = first + latents.len();
+            let mut alone = vec![0.0; 2 * width];
+            for start in (first..end).step_by(ROWS) {
+                let block = start..(start + ROWS).min(end);
+                let (dense, of_dense) = sums.dense(block.clone());
+                each_decoder_row(crosscoder, block, |h, decoder| {
+                    if sums.acts.of_latent(h).0.is_empty() {
+                        return;
+                    }
+                    let of_latent = match dense.binary_search(&h) {
+                        Ok(i) => of_dense.row(i).to_slice().expect("rows are contiguous"),
+                        Err(_) => {
+                            sums.sparse(h, &mut alone);
+                            &alone
+                        }
+                    };
+                    // ⟨d[s], Σ f · rec[m]⟩ for each model m, then the same of x.
+                    let strongest = &decoder[norms.strongest(h) * d_in..][..d_in];
+                    let products = &mut products[(h - first) * 2 * n..][..2 * n];
+                    let sums = of_latent.chunks_exact(d_in);
+                    products.iter_mut().zip(sums).for_each(|(product, sum)| *product += dot(strongest, sum));
+                })?;
+            }
+            Ok(())
+        };
         std::thread::scope(|scope| {
-            let threads: Vec<_> = products
-                .map(|(i, products)| {
-                    let latents = i * per_thread..((i + 1) * per_thread).min(crosscoder.d_hidden());
-                    scope.spawn(move || work(latents, products))
-                })
-                .collect();
+            let work = &work;
+            let parts = parts.enumerate();
+            let threads: Vec<_> = parts.map(|(i, (l, p))| scope.spawn(move || work(i * per_thread, l, p))).collect();
             threads.into_iter().try_for_each(|t| t.join().expect("no thread panics"))
         })
     }
@@ -554,37 +576,105 @@ impl LatentStats {
     }
 }
 
-/// The entries of a support ordered by latent.
-struct ByLatent {
-    /// Latent `h` has `order[starts[h]..starts[h + 1]]`.
-    starts: Vec<usize>,
-    order: Vec<usize>,
-    /// The row of each entry.
-    rows: Vec<u32>,
+/// Above zero; nan is not.
+fn is_active<S: Scalar>(act: S) -> bool {
+    act > S::default()
 }
 
-impl ByLatent {
-    fn of<S: Scalar>(support: &Support<S>, d_hidden: usize) -> Self {
+/// The entries of a support ordered by latent, rows ascending.
+struct ByLatent<S> {
+    /// Latent `h` has the entries `starts[h]..starts[h + 1]`.
+    starts: Vec<usize>,
+    rows: Vec<u32>,
+    values: Vec<S>,
+}
+
+impl<S: Scalar> ByLatent<S> {
+    fn of(support: &Support<S>, d_hidden: usize) -> Self {
         let mut starts = vec![0; d_hidden + 1];
         support.columns.iter().for_each(|&h| starts[h as usize + 1] += 1);
         for h in 0..d_hidden {
             starts[h + 1] += starts[h];
         }
         let mut next = starts.clone();
-        let (mut order, mut rows) = (vec![0; support.columns.len()], vec![0; support.columns.len()]);
+        let entries = support.columns.len();
+        let (mut rows, mut values) = (vec![0; entries], vec![S::default(); entries]);
         for (b, range) in support.starts.windows(2).map(|w| w[0]..w[1]).enumerate() {
             for e in range {
                 let place = &mut next[support.columns[e] as usize];
-                order[*place] = e;
-                rows[e] = b as u32;
+                (rows[*place], values[*place]) = (b as u32, support.values[e]);
                 *place += 1;
             }
         }
-        ByLatent { starts, order, rows }
+        ByLatent { starts, rows, values }
     }
 
-    fn entries(&self, h: usize) -> &[usize] {
-        &self.order[self.starts[h]..self.starts[h + 1]]
+    /// Rows and values of a latent.
+    fn of_latent(&self, h: usize) -> (&[u32], &[S]) {
+        let range = self.starts[h]..self.starts[h + 1];
+        (&self.rows[range.clone()], &self.values[range])
+    }
+}
+
+/// `Σ_b f[b] · (rec[b], x[b])` [2 · width] of each latent of a batch, in float64.
+///
+/// A latent that fires on few rows adds those rows up. The many of a crosscoder whose latents are dense share a product
+/// of matrices, in which the rows on which a latent is zero add zeros; so only if all of `rec` and `x` is finite.
+struct Sums<'a, S> {
+    acts: ByLatent<S>,
+    x: &'a [S],
+    rec: &'a [S],
+    width: usize,
+    finite: bool,
+}
+
+impl<'a, S: Scalar> Sums<'a, S> {
+    fn new(acts: ByLatent<S>, x: &'a [S], rec: &'a [S], width: usize) -> Self {
+        let finite = x.iter().chain(rec).all(|v| v.is_finite());
+        Sums { acts, x, rec, width, finite }
+    }
+
+    fn batch(&self) -> usize {
+        self.x.len() / self.width
+    }
+
+    /// Which latents of a block are dense, and their sums, [latents, 2 · width].
+    fn dense(&self, block: Range<usize>) -> (Vec<usize>, Array2<f64>) {
+        let least = (DENSE_SHARE * self.batch() as f64) as usize;
+        let is_dense = |h: &usize| self.finite && self.acts.of_latent(*h).0.len() > least;
+        let dense: Vec<usize> = block.filter(is_dense).collect();
+        let mut sums = Array2::zeros((dense.len(), 2 * self.width));
+        if dense.is_empty() {
+            return (dense, sums);
+        }
+        for start in (0..self.batch()).step_by(ROWS) {
+            let rows = start..(start + ROWS).min(self.batch());
+            let mut f = Array2::zeros((dense.len(), rows.len()));
+            for (mut f, &h) in f.rows_mut().into_iter().zip(&dense) {
+                let (of, values) = self.acts.of_latent(h);
+                let entries =
+                    of.partition_point(|&b| (b as usize) < start)..of.partition_point(|&b| (b as usize) < rows.end);
+                of[entries.clone()].iter().zip(&values[entries]).for_each(|(&b, v)| f[b as usize - start] = v.wide());
+            }
+            let y = Array2::from_shape_fn((rows.len(), 2 * self.width), |(b, k)| {
+                let at = (start + b) * self.width;
+                if k < self.width { self.rec[at + k].wide() } else { self.x[at + k - self.width].wide() }
+            });
+            general_mat_mul(1.0, &f, &y, 1.0, &mut sums);
+        }
+        (dense, sums)
+    }
+
+    /// The sums of a latent by itself, into `out` [2 · width].
+    fn sparse(&self, h: usize, out: &mut [f64]) {
+        out.fill(0.0);
+        let (of_rec, of_x) = out.split_at_mut(self.width);
+        let (rows, values) = self.acts.of_latent(h);
+        for (&b, f) in rows.iter().zip(values) {
+            let (f, row) = (f.wide(), b as usize * self.width..(b as usize + 1) * self.width);
+            of_rec.iter_mut().zip(&self.rec[row.clone()]).for_each(|(sum, v)| *sum += f * v.wide());
+            of_x.iter_mut().zip(&self.x[row]).for_each(|(sum, v)| *sum += f * v.wide());
+        }
     }
 }
 

@@ -204,7 +204,7 @@ impl<B: Backend> CrossCoder<B> {
     }
 
     /// [`Self::encode`] on the backend, with relu.
-    fn encode_on(&self, x: &B::Matrix, acts: &mut B::Latents) -> Result<()> {
+    pub(crate) fn encode_on(&self, x: &B::Matrix, acts: &mut B::Latents) -> Result<()> {
         self.backend.encode(x, &self.params.w_enc, &self.params.b_enc, acts)?;
         match &self.batch_topk {
             Some(batch_topk) => batch_topk.cut(&self.backend, &self.params.w_dec, self.n_models, acts),

@@ -1,4 +1,4 @@
-//! What a crosscoder is worth on a set of activations: its losses, which latents are alive, and whose they are.
+//! What a crosscoder is worth on a set of activations: its losses, and how many latents are dead.
 
 use crate::activations::Activations;
 use crate::autodiff::Tape;
@@ -6,12 +6,6 @@ use crate::backend::{Backend, Scalar};
 use crate::crosscoder::{CrossCoder, model_name};
 use crate::error::{Error, Result};
 use crate::normalisation::scale_rows;
-
-/// A latent whose relative norm in model B's decoder lies below this is model A's own, see [`Latents`].
-pub const EXCLUSIVE_A: f64 = 0.3;
-
-/// A latent whose relative norm in model B's decoder lies above this is model B's own, see [`Latents`].
-pub const EXCLUSIVE_B: f64 = 0.7;
 
 /// The losses of `get_losses` over a set, batch by batch, means weighted with the batches' rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,21 +21,6 @@ impl Evaluation {
     pub fn get(&self, name: &str) -> Option<f64> {
         self.losses.iter().find(|(n, _)| n == name).map(|&(_, value)| value)
     }
-}
-
-/// How many latents are alive, and whose they are: by `r = ‖W_dec[h,B]‖ / (‖W_dec[h,A]‖ + ‖W_dec[h,B]‖)`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Latents {
-    /// The number of rows that activity was looked for in.
-    pub rows: usize,
-    /// Latents that were zero on each of these rows.
-    pub dead: usize,
-    /// Live latents with `EXCLUSIVE_A <= r <= EXCLUSIVE_B`.
-    pub shared: usize,
-    /// Live latents with `r < EXCLUSIVE_A`.
-    pub exclusive_a: usize,
-    /// Live latents with `r > EXCLUSIVE_B`.
-    pub exclusive_b: usize,
 }
 
 /// Rows of a set in batches of nearly equal size, each row scaled with its model's factor.
@@ -106,46 +85,26 @@ pub fn evaluate<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -
     Ok(Evaluation { rows: batches.rows.len(), losses })
 }
 
-/// Which latents of a crosscoder over two models are alive on these rows, and whose they are.
+/// How many latents are above zero on none of these rows.
 ///
 /// # Errors
-/// As [`evaluate`]; another number of models than two.
-pub fn latents<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Result<Latents> {
+/// As [`evaluate`].
+pub fn dead<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Result<usize> {
     check(crosscoder, batches)?;
-    if crosscoder.n_models() != 2 {
-        let what =
-            format!("shared and exclusive latents need two models, the crosscoder has {}", crosscoder.n_models());
-        return Err(Error::shape(what));
-    }
-    let (backend, params, d_hidden) = (crosscoder.backend(), &crosscoder.params, crosscoder.d_hidden());
-    let mut alive = vec![false; d_hidden];
+    let (backend, width) = (crosscoder.backend(), batches.acts.width());
+    let mut alive = vec![false; crosscoder.d_hidden()];
     let (mut x, mut acts, mut sums) = Default::default();
-    let mut host = vec![B::Scalar::default(); d_hidden];
+    let mut host = vec![B::Scalar::default(); crosscoder.d_hidden()];
     batches.for_each::<B::Scalar>(|values| {
-        backend.fill(values.len() / batches.acts.width(), batches.acts.width(), values, &mut x)?;
-        backend.encode(&x, &params.w_enc, &params.b_enc, &mut acts)?;
+        backend.fill(values.len() / width, width, values, &mut x)?;
+        crosscoder.encode_on(&x, &mut acts)?;
         // Latents are 0 or more: a sum is 0 where all are.
         backend.latents_column_sums(&acts, &mut sums)?;
         backend.download(&sums, 0, &mut host)?;
-        alive.iter_mut().zip(&host).for_each(|(alive, sum)| *alive |= sum.wide() != 0.0);
+        alive.iter_mut().zip(&host).for_each(|(alive, &sum)| *alive |= sum > B::Scalar::default());
         Ok(())
     })?;
-    let mut norms = B::Matrix::default();
-    backend.group_norms(&params.w_dec, 2, &mut norms)?;
-    let mut host = vec![B::Scalar::default(); 2 * d_hidden];
-    backend.download(&norms, 0, &mut host)?;
-    let mut found = Latents { rows: batches.rows.len(), dead: 0, shared: 0, exclusive_a: 0, exclusive_b: 0 };
-    for (alive, norms) in alive.into_iter().zip(host.chunks_exact(2)) {
-        let (a, b) = (norms[0].wide(), norms[1].wide());
-        let relative = if a + b > 0.0 { b / (a + b) } else { 0.5 };
-        *match relative {
-            _ if !alive => &mut found.dead,
-            r if r < EXCLUSIVE_A => &mut found.exclusive_a,
-            r if r > EXCLUSIVE_B => &mut found.exclusive_b,
-            _ => &mut found.shared,
-        } += 1;
-    }
-    Ok(found)
+    Ok(alive.into_iter().filter(|alive| !alive).count())
 }
 
 pub(crate) fn check<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Result<()> {

@@ -14,7 +14,7 @@ mod training;
 pub use figures::Figure;
 pub use training::TrainingLog;
 
-use crate::analysis::{ActivationStats, DecoderNorms, Group, LatentScaling, Thresholds, finite};
+use crate::analysis::{ActivationStats, DecoderNorms, Group, LatentScaling, Thresholds, finite, group_name};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::crosscoder::{CrossCoder, model_name};
@@ -126,9 +126,7 @@ impl Report {
 
     /// A only, shared, B only, without a direction.
     fn group_sizes(&self) -> [u64; 4] {
-        let mut sizes = [0; 4];
-        self.latents().for_each(|h| sizes[group_index(self.group(h))] += 1);
-        sizes
+        self.norms.groups(&self.thresholds).map(|(_, size)| size)
     }
 
     /// All numbers as one JSON object. What is undefined is null. Per-latent numbers are lists, one entry a latent.
@@ -145,12 +143,9 @@ impl Report {
         add("dict_size", self.norms.d_hidden().into());
         add("dtype", self.dtype.to_string().into());
         if self.is_pair() {
-            let sizes = self.group_sizes();
             add("thresholds", json!([self.thresholds.low(), self.thresholds.high()]));
-            add(
-                "groups",
-                json!({"A only": sizes[0], "shared": sizes[1], "B only": sizes[2], "no direction": sizes[3]}),
-            );
+            let groups = self.norms.groups(&self.thresholds).map(|(name, size)| (name.to_owned(), size.into()));
+            add("groups", Map::from_iter(groups).into());
         }
         if let Some(stats) = &self.activations {
             add("activations", self.activations_json(stats));
@@ -311,10 +306,6 @@ fn group_index(group: Option<Group>) -> usize {
     }
 }
 
-fn group_name(group: Option<Group>) -> &'static str {
-    ["A only", "shared", "B only", "no direction"][group_index(group)]
-}
-
 fn number(v: f64) -> Value {
     finite(v).into()
 }
@@ -453,7 +444,7 @@ mod tests {
     #[test]
     fn other_numbers_of_models_have_norms_and_no_groups() {
         let of = |n_models: usize| report(n_models).figures().into_iter().map(|f| f.name).collect::<Vec<_>>();
-        assert_eq!(of(1), ["decoder_norm", "density", "l0", "training_loss", "training__i_"]);
+        assert_eq!(of(1), ["decoder_norm", "density", "l0", "activation", "training_loss", "training__i_"]);
         assert_eq!(of(3)[..2], ["decoder_norm", "relative_decoder_norm"]);
         let json: Value = serde_json::from_str(&report(3).to_json()).unwrap();
         assert!(json.get("groups").is_none() && json["latents"].get("group").is_none());

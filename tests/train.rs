@@ -1,9 +1,10 @@
 //! Training as an embedding user meets it: schedule, buffer, resuming, bad numbers, what is left on the disk.
 
 use crosscoder::activations::Activations;
+use crosscoder::analysis::{DecoderNorms, Thresholds, activation_stats};
 use crosscoder::backend::Cpu;
 use crosscoder::buffer::{Buffer, HeldOut, Refresh};
-use crosscoder::evaluation::{Batches, evaluate, latents};
+use crosscoder::evaluation::{Batches, dead, evaluate};
 use crosscoder::init::initial_weights;
 use crosscoder::normalisation::{estimate, factors, fold, set_factors};
 use crosscoder::rng::Mt19937;
@@ -118,8 +119,11 @@ fn a_run_learns_and_tells_what_it_learnt() {
     let evaluation = evaluate(crosscoder, &batches).unwrap();
     assert_eq!(evaluation.rows, 400);
     assert!(evaluation.get("explained_variance").unwrap() > 0.8, "{evaluation:?}");
-    let found = latents(crosscoder, &batches).unwrap();
-    assert_eq!(found.dead + found.shared + found.exclusive_a + found.exclusive_b, 24);
+    // Dead latents and groups are those of the model diff.
+    let norms = DecoderNorms::of(crosscoder).unwrap();
+    let stats = activation_stats(crosscoder, &norms, &batches, 0, |_| {}).unwrap();
+    assert_eq!(dead(crosscoder, &batches).unwrap() as u64, stats.dead());
+    assert_eq!(norms.groups(&Thresholds::default()).iter().map(|(_, size)| size).sum::<u64>(), 24);
     // The log has a line every three steps, by the original's names in its order.
     let log = std::fs::read_to_string(out.join("version_0/metrics.jsonl")).unwrap();
     assert_eq!(log.lines().count(), 334);

@@ -192,6 +192,8 @@ fn the_built_in_set_trains_and_the_result_is_told() {
     let result: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!((&result["step"], &result["rows"]), (&20.into(), &153.into()), "{result}");
     assert_eq!(result["latents"]["rows"], 1536);
+    let groups = ["A only", "shared", "B only", "no direction"].map(|name| result["latents"][name].as_u64().unwrap());
+    assert_eq!(groups.iter().sum::<u64>(), 64);
     assert!(result["explained_variance"].as_f64().unwrap() > 0.1, "{result}");
     let crosscoder = CrossCoder::load(dir.join("version_0")).unwrap();
     assert_eq!(crosscoder.cfg().text("device").unwrap(), "cpu");
@@ -202,7 +204,7 @@ fn the_built_in_set_trains_and_the_result_is_told() {
     assert_eq!(stdout(&again), stdout(&output));
     // In words, in the next version.
     let words = run(&args);
-    assert!(stdout(&words).contains("version_1") && stdout(&words).contains("live latents"), "{}", stdout(&words));
+    assert!(stdout(&words).contains("version_1") && stdout(&words).contains("shared"), "{}", stdout(&words));
     std::fs::remove_dir_all(&dir).unwrap();
 }
 

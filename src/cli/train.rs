@@ -2,14 +2,14 @@
 
 use super::args;
 use crosscoder::activations::Activations;
-use crosscoder::analysis::{DecoderNorms, activation_stats};
+use crosscoder::analysis::{DecoderNorms, Thresholds, activation_stats};
 use crosscoder::atomic;
 use crosscoder::backend::{Backend, Picked, pick};
 use crosscoder::buffer::HeldOut;
 use crosscoder::checkpoint;
 use crosscoder::config::Config;
 use crosscoder::error::{Error, Result};
-use crosscoder::evaluation::{Batches, Evaluation, Latents, evaluate, latents};
+use crosscoder::evaluation::{Batches, Evaluation, dead, evaluate};
 use crosscoder::normalisation::factors;
 use crosscoder::pt::PtFile;
 use crosscoder::report::{Report, TrainingLog};
@@ -236,22 +236,24 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     let batches = Batches::new(acts, rows, batch_size, &factors);
     let evaluation = evaluate(crosscoder, &batches)?;
     let all: Vec<usize> = (0..acts.rows()).take(limit).collect();
-    let latents = match acts.n_models() {
-        2 => Some(latents(crosscoder, &Batches::new(acts, all, batch_size, &factors))?),
-        _ => None,
+    let norms = DecoderNorms::of(crosscoder)?;
+    let latents = Latents {
+        rows: all.len(),
+        dead: dead(crosscoder, &Batches::new(acts, all, batch_size, &factors))?,
+        count: norms.d_hidden(),
+        groups: (norms.n_models() == 2).then(|| norms.groups(&Thresholds::default())),
     };
     let weights = ended.checkpoint.as_deref().unwrap_or(Path::new(""));
     let rows = if validation { "validation" } else { "training" };
     args::print(&if asked.json {
-        json_report(weights, ended.step, rows, &evaluation, latents.as_ref())
+        json_report(weights, ended.step, rows, &evaluation, &latents)
     } else {
-        text_report(weights, ended.step, rows, &evaluation, latents.as_ref())
+        text_report(weights, ended.step, rows, &evaluation, &latents)
     })?;
     if asked.no_report {
         return Ok(());
     }
     let page = weights.with_file_name("report.html");
-    let norms = DecoderNorms::of(crosscoder)?;
     let stats = activation_stats(crosscoder, &norms, &batches, TOP_ROWS, |_| {})?;
     let mut report = Report::new(crosscoder, norms)
         .with_source(weights.file_name().unwrap_or_default().to_string_lossy())
@@ -267,7 +269,16 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     Ok(())
 }
 
-fn json_report(weights: &Path, step: u64, rows: &str, evaluation: &Evaluation, latents: Option<&Latents>) -> String {
+/// What is told of the latents.
+struct Latents {
+    /// The rows that were searched for dead ones.
+    rows: usize,
+    dead: usize,
+    count: usize,
+    groups: Option<[(&'static str, u64); 4]>,
+}
+
+fn json_report(weights: &Path, step: u64, rows: &str, evaluation: &Evaluation, latents: &Latents) -> String {
     let mut object = json!({
         "checkpoint": weights.display().to_string(),
         "step": step,
@@ -277,26 +288,25 @@ fn json_report(weights: &Path, step: u64, rows: &str, evaluation: &Evaluation, l
     for (name, value) in &evaluation.losses {
         object[name] = (*value).into();
     }
-    if let Some(l) = latents {
-        object["latents"] = json!({"rows": l.rows, "dead": l.dead, "shared": l.shared,
-            "exclusive_A": l.exclusive_a, "exclusive_B": l.exclusive_b});
+    object["latents"] = json!({"rows": latents.rows, "dead": latents.dead});
+    for (name, size) in latents.groups.iter().flatten() {
+        object["latents"][name] = (*size).into();
     }
     format!("{object}\n")
 }
 
-fn text_report(weights: &Path, step: u64, rows: &str, evaluation: &Evaluation, latents: Option<&Latents>) -> String {
+fn text_report(weights: &Path, step: u64, rows: &str, evaluation: &Evaluation, latents: &Latents) -> String {
     let mut text = format!("checkpoint            {} ({step} steps)\n", weights.display());
     text += &format!("evaluated on          {} {rows} rows\n", evaluation.rows);
     for (name, value) in &evaluation.losses {
         text += &format!("{name:<22}{value:.4}\n");
     }
-    if let Some(l) = latents {
-        let total = l.dead + l.shared + l.exclusive_a + l.exclusive_b;
-        text += &format!("latents               {total}, {} of them dead on {} rows\n", l.dead, l.rows);
-        text += &format!(
-            "live latents          {} shared, {} of A alone, {} of B alone\n",
-            l.shared, l.exclusive_a, l.exclusive_b
-        );
+    let Latents { rows, dead, count, groups } = latents;
+    text += &format!("latents               {count}, {dead} of them dead on {rows} rows\n");
+    if let Some(groups) = groups {
+        let sizes: Vec<String> =
+            groups.iter().filter(|(_, size)| *size > 0).map(|(name, size)| format!("{size} {name}")).collect();
+        text += &format!("groups                {}\n", sizes.join(", "));
     }
     text
 }

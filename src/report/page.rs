@@ -2,8 +2,8 @@
 
 use super::figures::Section;
 use super::svg::{count, escape, put, short};
-use super::{Report, group_index, group_name};
-use crate::analysis::{Group, LatentScaling, TopRow};
+use super::{Report, group_index};
+use crate::analysis::{Group, LatentScaling, TopRow, group_name};
 use serde_json::{Value, json};
 
 const STYLE: &str = include_str!("page.css");
