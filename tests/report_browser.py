@@ -169,7 +169,7 @@ def main():
     n = report["dict_size"]
     browser = Browser(args.chromium)
 
-    for width, height in [(390, 844), (820, 1180), (1400, 900)]:
+    for width, height in [(390, 844), (820, 1180), (1440, 900)]:
         for scheme in ["light", "dark"]:
             at = f"{width} {scheme}:"
             browser.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
@@ -227,6 +227,15 @@ def main():
         check(what, [h for _, h in rows] == [order[r] for r, _ in rows if r < len(order)] and bool(rows) == bool(order), rows[:5])
         said = browser.js("document.getElementById('said').textContent")
         check(f"{what}: the count is said", said.startswith(f"{len(order):,} "), said)
+
+    # How long a click takes, to the next frame that shows its result.
+    def took(action):
+        return browser.js(f"(async () => {{ const t = performance.now(); {action}; await {FRAMES}; return Math.round(performance.now() - t); }})()")
+
+    print("sort by each column, ms: ", [took(f"document.querySelector('#latents thead th:nth-child({c + 1}) button').click()") for c in values])
+    print("filter by a limit, ms: ", took("low.value = '0'; low.dispatchEvent(new Event('input', {bubbles: true}))"))
+    print("reset, ms: ", took("document.querySelector('#filters button[type=reset]').click()"))
+    browser.click("#latents thead th:nth-child(1) button")
 
     everything = list(range(n))
     for c, column in values.items():

@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
-"""Recomputes with PyTorch every number that a report's JSON has. Not part of `cargo test`.
+"""Recomputes with PyTorch every number that a report has. Not part of `cargo test`.
 
-    crosscoder report CHECKPOINT ACTS... --json report.json --csv report.csv
-    tests/report_check.py report.json CHECKPOINT ACTS... [--csv report.csv] [--low R] [--high R]
+    crosscoder report CHECKPOINT ACTS... --json report.json --csv report.csv --out report.html
+    tests/report_check.py report.json CHECKPOINT ACTS... [--csv report.csv] [--html report.html] [--low R] [--high R]
 
 CHECKPOINT: a directory with N.pt and N_cfg.json, or a weights file (.pt) with its cfg beside it. ACTS: .pt, .npy or
 .safetensors. The model is written here a second time, after the Python original, and runs in the dtype of the cfg; sums over
 rows are float64. What depends on the weights alone must agree to 1e-12. What depends on activations agrees to the rounding of
 the dtype, of each sum's largest terms; whether a latent fires may differ on rows on which it lies within rounding of zero.
+The page's summary, losses and table of latents are compared with the JSON, to the digits that they show.
 
 Needs torch and numpy.
 """
 
 import argparse
+import base64
+import html
 import json
 import math
 import pathlib
+import re
 import struct
 import sys
 
@@ -103,6 +107,7 @@ def main():
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("acts", nargs="*")
     parser.add_argument("--csv", type=pathlib.Path)
+    parser.add_argument("--html", type=pathlib.Path)
     parser.add_argument("--low", type=float, default=0.3)
     parser.add_argument("--high", type=float, default=0.7)
     args = parser.parse_args()
@@ -124,13 +129,14 @@ def main():
     # The weights alone.
     w_dec = p["W_dec"].double().numpy()
     norms = np.sqrt((w_dec**2).sum(-1))  # [d_hidden, n]
+    longest = np.max(norms[np.isfinite(norms)], initial=0.0)
     with np.errstate(all="ignore"):
         relative = norms / norms.sum(-1, keepdims=True)
         cosine = (w_dec[:, 0] * w_dec[:, -1]).sum(-1) / (norms[:, 0] * norms[:, -1])
     for m, letter in enumerate(letters):
-        close(f"decoder_norm_{letter}", latents[f"decoder_norm_{letter}"], norms[:, m], 1e-12 * norms.max())
+        close(f"decoder_norm_{letter}", latents[f"decoder_norm_{letter}"], norms[:, m], 1e-12 * longest)
         top = histograms[f"decoder_norm_{letter}"]["high"]
-        check(f"histogram decoder_norm_{letter}: covers", top >= norms.max() or norms.max() == 0)
+        check(f"histogram decoder_norm_{letter}: covers", top >= longest)
         histogram(f"histogram decoder_norm_{letter}", histograms[f"decoder_norm_{letter}"], norms[:, m], 0.0, top)
     if n == 2:
         check("thresholds", report["thresholds"] == [args.low, args.high])
@@ -148,6 +154,8 @@ def main():
         eps = torch.finfo(dtype).eps
         theirs = p["W_dec"].norm(dim=-1)
         theirs = (theirs[:, 1] / theirs.sum(-1)).double().numpy()
+        # The dtype's norms may overflow or vanish.
+        theirs = np.where(np.isfinite(theirs), theirs, r)
         close("relative_decoder_norm, analysis.py in the dtype", latents["relative_decoder_norm"], theirs, 4 * eps)
         histogram("histogram relative_decoder_norm", histograms["relative_decoder_norm"], r[~np.isnan(r)], 0.0, 1.0)
         shared = cosine[groups == "shared"]
@@ -165,13 +173,14 @@ def main():
                 steps.pop()
                 [c.pop() for c in curves.values()]
             steps.append(row["step"])
-            for key in row.keys() - curves.keys() - {"step"}:
+            for key in {key for key, value in row.items() if value is not None} - curves.keys() - {"step"}:
                 curves[key] = [math.nan] * (len(steps) - 1)
             for key, values in curves.items():
-                values.append(row.get(key, math.nan))
+                value = row.get(key)
+                values.append(math.nan if value is None else value)
         close("training step", report["training"]["step"], steps, 0)
         for key, values in curves.items():
-            close(f"training {key}", report["training"][key], values, 1e-15 * np.nanmax(np.abs(values)))
+            close(f"training {key}", report["training"][key], values, 1e-15 * np.nanmax(np.abs([0, *values])))
 
     if args.acts:
         activation_numbers(report, cfg, p, dtype, args.acts, norms, w_dec, letters)
@@ -193,8 +202,88 @@ def main():
                 same = all((text == "") if v is None else float(text) == v for text, v in zip(column, latents[key]))
             check(f"csv {key}", same)
 
+    if args.html:
+        page_numbers(report, args.html.read_text(), letters)
+
     print(f"{checked} checks, {failures} failures")
     sys.exit(1 if failures else 0)
+
+
+def page_numbers(report, page, letters):
+    """What the page shows is what the JSON has."""
+    content = page[page.index("</header>") :]
+    latents, seen, count = report["latents"], report.get("activations"), report["dict_size"]
+    of = lambda key: np.array([math.nan if v is None else v for v in latents[key]], dtype=float)
+
+    def shown(text):
+        text = text.strip().replace(",", "").replace("\u221e", "inf")
+        return math.nan if text == "\u2013" or text.endswith("inf") else float(text)  # JSON has null for both
+
+    def same(what, text, value, digits=4):
+        """`text` is `value` to as many significant digits; an integer is exact."""
+        value = math.nan if value is None or not math.isfinite(value) else value
+        unit = 0.0 if value == 0 or math.isnan(value) else 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
+        ours = shown(text)
+        check(f"page: {what}", (math.isnan(ours) and math.isnan(value)) or abs(ours - value) <= 0.500001 * unit, (text, value))
+
+    tiles = {html.unescape(what): re.sub("<small>.*", "", number) for what, number in re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", content)}
+    median = lambda values: float(np.median(values[~np.isnan(values)])) if (~np.isnan(values)).any() else math.nan
+    expected = {"Activations' width d_in": report["d_in"]}
+    expected |= {f"Mean decoder norm {letter}": np.mean(of(f"decoder_norm_{letter}")) for letter in letters}
+    if "groups" in report:
+        sizes, group = report["groups"], np.array(latents["group"])
+        low, high = report["thresholds"]
+        expected |= {f"A only (\u2264 {low:g})": sizes["A only"], "Shared": sizes["shared"], f"B only (\u2265 {high:g})": sizes["B only"]}
+        expected |= {"No direction": sizes["no direction"]} if sizes["no direction"] else {}
+        expected["Median cosine of shared"] = median(of("cosine")[group == "shared"])
+        for name in ["A only", "B only"]:
+            if seen and f"Median \u03bd of {name}" in tiles:
+                texts = tiles.pop(f"Median \u03bd of {name}").split("/")
+                for text, key in zip(texts, ["nu_reconstruction", "nu_error"]):
+                    same(f"median {key} of {name}", text, median(of(key)[group == name]))
+    if seen:
+        expected |= {"Rows of activations": seen["rows"], "Explained variance": seen["explained_variance_of_all_rows"], "Dead latents": seen["dead"]}
+        expected |= {f"Explained variance {l}": v for l, v in zip(letters, seen["explained_variance_of_all_rows_per_model"])}
+    check("page: tiles", tiles.keys() == expected.keys(), tiles.keys() ^ expected.keys())
+    for what in tiles.keys() & expected.keys():
+        whole = isinstance(expected[what], int)
+        same(what, tiles[what], expected[what], 20 if whole else 4)
+    if seen:
+        for name, value in seen["losses"].items():
+            found = re.search(f"<code>{name}</code></th><td>(.*?)</td>", content)
+            same(name, found[1] if found else "0", value)
+
+    # The table: 16 significant bits of each number, see src/report/page.rs.
+    block = json.loads(re.search('<script id="data" type="application/json">(.*?)</script>', page)[1])
+    data, at = base64.b64decode(block["data"]), 0
+    check("page: latents", block["n"] == count)
+    keys = ["group", "relative_decoder_norm"] if "groups" in report else []
+    keys += [f"decoder_norm_{letter}" for letter in letters]
+    keys += ["cosine"] if len(letters) == 2 else [f"relative_decoder_norm_{m}" for m in letters if len(letters) > 2]
+    keys += ["density", "mean_when_active", "max"] if seen else []
+    keys += ["nu_reconstruction", "nu_error"] if seen and len(letters) == 2 else []
+    columns = [c for c in block["columns"] if c["type"] in ("group", "f24")]
+    check("page: columns", len(columns) == len(keys), (len(columns), keys))
+    for key, column in zip(keys, columns):
+        size = count * (1 if column["type"] == "group" else 3)
+        part, at = np.frombuffer(data[at : at + size], np.uint8), at + size
+        if key == "group":
+            check("page: column group", [block["groups"][g] for g in part] == latents[key])
+            continue
+        words = np.zeros((count, 4), np.uint8)
+        words[:, 1:] = part.reshape(count, 3)
+        close(f"page: column {key}", list(words.reshape(-1).view("<f4").astype(float)), of(key), 2.0**-16 * (1 + 2**-8) * np.abs(np.nan_to_num(of(key))) + 1e-38)
+    rows = [c for c in block["columns"] if c["type"] == "rows"]
+    for column in rows:
+        size, width = column["bytes"], column["count"] * column["bytes"]
+        for h, top in enumerate(latents["top_rows"]):
+            part = data[at + h * width : at + (h + 1) * width]
+            ours = [int.from_bytes(part[k : k + size], "little") for k in range(0, width, size)]
+            if [row for row in ours if row != 256**size - 1] != top:
+                check(f"page: strongest rows of latent {h}", False, (ours, top))
+                break
+        at += count * width
+    check("page: block", at == len(data))
 
 
 def activation_numbers(report, cfg, p, dtype, paths, norms, w_dec, letters):
@@ -249,7 +338,7 @@ def activation_numbers(report, cfg, p, dtype, paths, norms, w_dec, letters):
         fired += (f > 0).sum(0)
         total += f.sum(0)
         squares += (f**2).sum(0)
-        largest = np.maximum(largest, f.max(0))
+        largest = np.fmax(largest, np.where(np.isnan(f), 0, f).max(0))  # nan is not active
         wide_acts.append(f)
         for m in range(n):
             products[0, m] += np.einsum("bh,bh->h", f, r[:, m] @ direction.T)
@@ -318,6 +407,12 @@ def activation_numbers(report, cfg, p, dtype, paths, norms, w_dec, letters):
                 for group in ["A only", "shared", "B only"]:
                     values = nu[(groups == group) & ~np.isnan(nu)]
                     histogram(f"histogram nu_{name}_of_{group}", histograms[f"nu_{name}_of_{group.replace(' ', '_')}"], values, -0.5, 1.5)
+    for key in ["mean_when_active", "max"]:
+        if f"log10_{key}" in histograms:
+            h = histograms[f"log10_{key}"]
+            values = np.array([v for v, count in zip(latents[key], ours) if count and v is not None], dtype=float)
+            check(f"histogram log10_{key}: covers", h["outside"] == 0 and len(h["counts"]) == 20 * (h["high"] - h["low"]))
+            histogram(f"histogram log10_{key}", h, np.log10(values), h["low"], h["high"])
     decades = max(1, math.ceil(math.log10(rows)))
     histogram("histogram log10_density", histograms["log10_density"], np.log10(ours[ours > 0] / rows), -decades, 0)
     l0 = np.array(seen["l0"])

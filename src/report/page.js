@@ -104,15 +104,28 @@
   };
   const redraw = () => { drawn = ""; draw(); };
 
+  // By keys of 24 bits, which is all that a number has here, in two passes of counting. What is undefined comes last either
+  // way; equal ones stay in the order of the latents.
   const sort = () => {
-    const { values } = sorted.column, sign = sorted.down ? -1 : 1;
-    // What is undefined comes last either way; equal ones stay in the order of the latents.
-    order.sort((a, b) => {
-      const x = values[a], y = values[b];
-      if (x < y) return -sign;
-      if (x > y) return sign;
-      return (x !== x) - (y !== y) || a - b;
-    });
+    const { values, type } = sorted.column, keys = new Uint32Array(n);
+    for (const i of order) {
+      const v = values[i];
+      let key = v;
+      if (type === "f24") {
+        float[0] = v || 0; // -0 is 0
+        key = bits[0] >>> 8;
+        key = key & 0x800000 ? 0xffffff - key : key | 0x800000;
+      }
+      keys[i] = v !== v ? 0xffffff : sorted.down ? 0xfffffe - key : key;
+    }
+    order.sort();
+    for (const shift of [0, 12]) {
+      const at = new Uint32Array(4097), next = new Uint32Array(order.length);
+      for (const i of order) at[(keys[i] >>> shift & 4095) + 1]++;
+      for (let digit = 0; digit < 4096; digit++) at[digit + 1] += at[digit];
+      for (const i of order) next[at[keys[i] >>> shift & 4095]++] = i;
+      order = next;
+    }
   };
 
   const filter = () => {

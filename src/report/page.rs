@@ -3,7 +3,7 @@
 use super::figures::Section;
 use super::svg::{count, escape, put, short};
 use super::{Report, group_index};
-use crate::analysis::{Group, LatentScaling, TopRow, group_name};
+use crate::analysis::{Group, LatentScaling, TopRow, finite, group_name};
 use serde_json::{Value, json};
 
 const STYLE: &str = include_str!("page.css");
@@ -36,7 +36,10 @@ pub(super) fn html(report: &Report) -> String {
          script-src 'unsafe-inline'\"><title>{title}</title>\n<style>{STYLE}</style></head><body>\n<header>\
          <h1>{title}</h1>\n",
     );
-    let cfg_text = |key: &str| report.cfg.text(key).ok().map(|v| format!(" · {}", escape(v))).unwrap_or_default();
+    let cfg_text = |key: &str| match report.cfg.text(key) {
+        Ok(text) if text != "unknown" => format!(" · {}", escape(text)),
+        _ => String::new(),
+    };
     put(
         &mut out,
         format_args!(
@@ -225,7 +228,7 @@ fn shown(report: &Report) -> Vec<Shown> {
     }
     for m in 0..n {
         let label = format!("Norm {}", report.letter(m));
-        add(&label, &format!("Decoder norm in {}", report.names[m]), each(&|h| Some(norms.norms(h)[m])));
+        add(&label, &format!("Decoder norm in {}", report.names[m]), each(&|h| finite(norms.norms(h)[m])));
     }
     if report.is_pair() {
         add("Cosine", "Cosine similarity of the two decoder vectors", each(&|h| norms.cosine(h)));
@@ -239,7 +242,7 @@ fn shown(report: &Report) -> Vec<Shown> {
         add("Density", "Share of rows on which the latent is above zero", each(&|h| Some(stats.density(h))));
         let mean = each(&|h| stats.latents[h].mean_when_active());
         add("Mean act", "Mean activation over the rows on which it is above zero", mean);
-        add("Max act", "Largest activation", each(&|h| Some(stats.latents[h].max)));
+        add("Max act", "Largest activation", each(&|h| finite(stats.latents[h].max)));
         if report.is_pair() {
             let nu = |f: fn(&LatentScaling) -> Option<f64>| {
                 Kind::Number(report.latents().map(|h| stats.scaling(norms, h).as_ref().and_then(f)).collect())

@@ -49,7 +49,7 @@ impl Axis {
         let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
         let factors: &[f64] = if high / low < 600.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
         // One way of writing for all ticks of an axis.
-        let plain = first >= -2 && last <= 5;
+        let plain = first >= -2 && last <= 4;
         let every = ((last - first - 1) / 6 + 1) as usize;
         let ticks = (first..=last)
             .step_by(every)
@@ -162,7 +162,10 @@ impl Chart {
     }
 
     fn axes(&self, out: &mut String) {
+        // Longer ones would reach into the axis' label.
+        let long = !self.y.log && self.y.ticks.iter().any(|(_, text)| text.chars().count() > 6);
         for (v, text) in &self.y.ticks {
+            let text = if long { scientific(*v) } else { text.clone() };
             let y = self.y.y(*v);
             put(out, format_args!("<path class=\"g\" d=\"M{LEFT} {y:.1}H{RIGHT}\"/>"));
             put(out, format_args!("<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>", LEFT - 5.0, y + 3.8));
@@ -292,6 +295,16 @@ pub(super) fn short(v: f64) -> String {
     }
 }
 
+/// `2.5e-4`, in at most three significant digits.
+fn scientific(v: f64) -> String {
+    if v == 0.0 {
+        return "0".to_owned();
+    }
+    let text = format!("{v:.2e}");
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    format!("{}e{exponent}", mantissa.trim_end_matches('0').trim_end_matches('.'))
+}
+
 /// A count: `16,384`.
 pub(super) fn count(n: u64) -> String {
     grouped(&n.to_string())
@@ -345,6 +358,7 @@ mod tests {
         for (v, text) in cases {
             assert_eq!(short(v), text);
         }
+        assert_eq!([0.0, 3.0 * 2.5e-4, 1e-3, 2e6].map(scientific), ["0", "7.5e-4", "1e-3", "2e6"]);
         assert_eq!([power(1e-5, -5), power(2e4, 4)], ["10⁻⁵", "2·10⁴"]);
         assert_eq!([0.0049, 0.3, 2.5, 2.6, 0.0].map(nice_ceil), [0.005, 0.5, 2.5, 5.0, 1.0]);
     }
