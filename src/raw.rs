@@ -162,7 +162,7 @@ pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -
         return Ok((values, crc));
     };
     let (mut crc, mut at, end) = (Crc32::new(), 0usize, bytes.len());
-    let take = |piece: &mut [u8]| {
+    let mut take = |piece: &mut [u8]| {
         let filled = fill(&mut reader, piece);
         let filled = filled.map_err(|e| Error::io(format!("cannot read on at byte {at} of {end}"), e))?;
         at = at.saturating_add(filled);
@@ -200,9 +200,11 @@ pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -
                 touched
             })
             .collect();
-        let pieces = touched.iter().cycle().map_while(|touched| touched.recv().ok());
-        pieces.map(take).collect::<Result<()>>()
+        touched.iter().cycle().map_while(|touched| touched.recv().ok()).try_for_each(&mut take)
     })?;
+    if at < end {
+        return Err(Error::format(format!("{at} of {end} bytes were read"))); // A thread of ours has ended early.
+    }
     Ok((values, crc.finalize()))
 }
 
