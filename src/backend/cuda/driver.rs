@@ -23,7 +23,7 @@ use cust::sys::{self, CUdeviceptr, CUevent, CUfunction, CUresult};
 use cust::{CudaApiVersion, CudaFlags};
 use half::{bf16, f16};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A type whose values are their bytes, on the host as on the device.
@@ -48,7 +48,12 @@ pub(super) struct Source {
     pub(super) exact: bool,
     /// The oldest CUDA version whose driver reads this PTX.
     pub(super) cuda: (i32, i32),
+    /// Functions of the driver that its kernels need beside those that cust knows.
+    pub(super) functions: &'static [&'static CStr],
 }
+
+/// The function behind [`Gpu::tensor_map`]. It came with CUDA 12.0, and cust does not know it.
+pub(super) const TENSOR_MAP: &CStr = c"cuTensorMapEncodeTiled";
 
 /// A GPU that is ready to compute. Clones are the same GPU.
 #[derive(Clone)]
@@ -91,9 +96,9 @@ pub(super) struct Buffer {
     bytes: usize,
 }
 
-/// An argument of a kernel: its bytes.
+/// An argument of a kernel: its bytes, which come first and so lie at 64 bytes, as a tensor map must.
 #[derive(Clone, Copy)]
-#[repr(align(64))] // as a tensor map must lie
+#[repr(C, align(64))]
 pub(super) struct Arg {
     bytes: [u8; 128],
     size: usize,
@@ -206,10 +211,11 @@ impl Gpu {
         let capability =
             (attribute(DeviceAttribute::ComputeCapabilityMajor)?, attribute(DeviceAttribute::ComputeCapabilityMinor)?);
         let context = Context::new(device).map_err(|e| failed("making a context", e))?;
+        let has = |function: &CStr| forward::symbol(function).is_some();
         let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
         for source in sources {
             let fits = if source.exact { capability.0 == source.capability.0 } else { capability >= source.capability };
-            if source.exact && !(fits && version >= source.cuda) {
+            if source.exact && !(fits && version >= source.cuda && source.functions.iter().all(|f| has(f))) {
                 continue;
             }
             if !fits {
@@ -280,8 +286,8 @@ impl Gpu {
     /// A tensor map of `matrix`, a pointer to [rows, cols] elements of 2 bytes, for the copy engine: boxes of
     /// `box_rows` rows and 64 columns, swizzled in 128 bytes, zeros beyond the ends. `cols` is a multiple of 8.
     pub(super) fn tensor_map(&self, matrix: Arg, rows: usize, cols: usize, box_rows: u32) -> Result<Arg> {
-        // cust does not know this function, which came with CUDA 12.0: map, element type, rank, address, sizes, strides
-        // in bytes, box, steps, interleaving, swizzling, promotion to L2, fill.
+        // Map, element type, rank, address, sizes, strides in bytes, box, steps, interleaving, swizzling, promotion to L2,
+        // fill.
         type Encode = unsafe extern "C" fn(
             *mut u8,
             i32,
@@ -300,7 +306,7 @@ impl Gpu {
         const SWIZZLE_128_BYTES: i32 = 3;
         const PROMOTE_256_BYTES: i32 = 3;
         let doing = "describing a matrix to the copy engine";
-        let Some(function) = forward::symbol(c"cuTensorMapEncodeTiled") else {
+        let Some(function) = forward::symbol(TENSOR_MAP) else {
             return Err(device_error(format!("{doing}: the driver has no cuTensorMapEncodeTiled")));
         };
         let at = u64::from_ne_bytes(*matrix.bytes.first_chunk().expect("a pointer has 8 bytes"));

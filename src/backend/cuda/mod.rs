@@ -14,12 +14,12 @@ mod matrix;
 
 pub use matrix::{Latents, Matrix};
 
-use super::{AdamStep, Backend, Precision, Scalar, Shaped, Write};
+use super::{AdamStep, Backend, Precision, Scalar, Shaped, Support, Write};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::sparse::Path;
 use crate::tensor::Values;
-use driver::{Arg, Buffer, Gpu, Shape, Source};
+use driver::{Arg, Buffer, Gpu, Shape, Source, TENSOR_MAP};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -35,12 +35,13 @@ const SOURCES: [Source; 4] = [
         capability: (9, 0),
         exact: true,
         cuda: (12, 0),
+        functions: &[TENSOR_MAP],
     },
 ];
 
 /// PTX 7.0 for `sm_80`: drivers from CUDA 11.0 on, devices from Ampere on.
 const fn general(name: &'static str, ptx: &'static str) -> Source {
-    Source { name, ptx, capability: (8, 0), exact: false, cuda: (11, 0) }
+    Source { name, ptx, capability: (8, 0), exact: false, cuda: (11, 0), functions: &[] }
 }
 
 /// Threads of a block, `BLOCK` in `ptx/common.cuh`.
@@ -102,6 +103,7 @@ pub struct Cuda {
     dtype: Dtype,
     path: Path,
     product: Product,
+    hopper: bool,
 }
 
 impl Cuda {
@@ -116,7 +118,8 @@ impl Cuda {
         assert!(dtype.enc_name().is_some(), "a crosscoder cannot have the type {dtype}");
         let ordinal = u32::try_from(ordinal).map_err(|_| Error::usage(format!("no device {ordinal}")))?;
         let gpu = Gpu::open(ordinal, &SOURCES)?;
-        Ok(Cuda { gpu, dtype, path: Path::Auto, product: Product::Auto })
+        let hopper = gpu.has("hopper_nt_f16");
+        Ok(Cuda { gpu, dtype, path: Path::Auto, product: Product::Auto, hopper })
     }
 
     /// The same backend, holding latents this way.
@@ -127,6 +130,11 @@ impl Cuda {
     /// The same backend, making float32 products this way.
     pub fn with_product(self, product: Product) -> Self {
         Cuda { product, ..self }
+    }
+
+    /// The same backend, making products by the general modules alone, also where the device has its own: to compare them.
+    pub fn with_general_products(self) -> Self {
+        Cuda { hopper: false, ..self }
     }
 
     /// The device in words: `NVIDIA H100 80GB HBM3, compute capability 9.0`.
@@ -209,6 +217,24 @@ impl Cuda {
         Ok(values)
     }
 
+    /// Copies elements in the dtype, from element `at` on, to the host.
+    fn read_elements(&self, data: &Buffer, at: usize, out: &mut [f32]) -> Result<()> {
+        match self.dtype {
+            Dtype::F16 => {
+                let mut raw = vec![half::f16::ZERO; out.len()];
+                self.gpu.read(data, at, &mut raw)?;
+                out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
+            }
+            Dtype::BF16 => {
+                let mut raw = vec![half::bf16::ZERO; out.len()];
+                self.gpu.read(data, at, &mut raw)?;
+                out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
+            }
+            _ => self.gpu.read(data, at, out)?,
+        }
+        Ok(())
+    }
+
     /// `c = finish(a · b)` by the kernel for `layout`: [m, n] from k terms each.
     fn product(&self, layout: Layout, [m, n, k]: [usize; 3], a: Arg, b: Arg, finish: &Finish) -> Result<()> {
         let nt = layout == Layout::Nt;
@@ -274,10 +300,10 @@ impl Cuda {
         Ok(nonfinite)
     }
 
-    /// Whether Hopper's products can make this one: the module is there, and rows are a multiple of 16 bytes, none
-    /// empty.
+    /// Whether Hopper's products can make this one: the module is there and wanted, and rows are a multiple of 16 bytes,
+    /// none empty.
     fn on_hopper(&self, [m, n, k]: [usize; 3]) -> bool {
-        self.gpu.has("hopper_nt_f16") && k.is_multiple_of(8) && m.min(n).min(k) > 0
+        self.hopper && k.is_multiple_of(8) && m.min(n).min(k) > 0
     }
 
     /// Tensor maps for pairs of operands [m, k] and [n, k], in this order.
@@ -478,20 +504,7 @@ impl Backend for Cuda {
             assert!(out.is_empty(), "a matrix without elements has none to copy");
             return Ok(());
         };
-        match self.dtype {
-            Dtype::F16 => {
-                let mut raw = vec![half::f16::ZERO; out.len()];
-                self.gpu.read(data, at, &mut raw)?;
-                out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
-            }
-            Dtype::BF16 => {
-                let mut raw = vec![half::bf16::ZERO; out.len()];
-                self.gpu.read(data, at, &mut raw)?;
-                out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
-            }
-            _ => self.gpu.read(data, at, out)?,
-        }
-        Ok(())
+        self.read_elements(data, at, out)
     }
 
     fn linear(&self, x: &Matrix, w: &Matrix, b: &Matrix, out: &mut Matrix) -> Result<()> {
@@ -533,6 +546,34 @@ impl Backend for Cuda {
                 self.launch("scatter", (latents.rows, 1), &args)
             }
         }
+    }
+
+    fn support(&self, latents: &Latents) -> Result<Support<f32>> {
+        let held = latents.support.as_ref().map_or(latents.rows * latents.cols, |support| support.entries);
+        let mut values = vec![0.0; held];
+        if let Some(data) = &latents.values {
+            self.read_elements(data, 0, &mut values)?;
+        }
+        let (mut starts, mut columns) = (vec![0u32; latents.rows + 1], Vec::new());
+        if let Some(support) = &latents.support {
+            columns.resize(held, 0u32);
+            self.gpu.read(&support.starts, 0, &mut starts)?;
+            self.gpu.read(&support.columns, 0, &mut columns)?;
+        }
+        let mut out = Support { starts: vec![0], ..Support::default() };
+        for row in 0..latents.rows {
+            let entries = match &latents.support {
+                Some(_) => starts[row] as usize..starts[row + 1] as usize,
+                None => row * latents.cols..(row + 1) * latents.cols,
+            };
+            // A gradient may be 0 on its support.
+            for e in entries.clone().filter(|&e| values[e] != 0.0) {
+                out.columns.push(columns.get(e).map_or((e - entries.start) as u32, |&column| column));
+                out.values.push(values[e]);
+            }
+            out.starts.push(out.columns.len());
+        }
+        Ok(out)
     }
 
     fn decode(&self, acts: &Latents, w: &Matrix, b: &Matrix, out: &mut Matrix) -> Result<()> {
