@@ -7,11 +7,17 @@
 mod primitives;
 mod standin;
 
+use crosscoder::activations::Activations;
 use crosscoder::backend::cuda::{Cuda, Product};
 use crosscoder::backend::{Backend, Picked, pick};
+use crosscoder::run::{self, Ended, Event};
 use crosscoder::sparse::Path;
-use crosscoder::{Dtype, ErrorKind, Result, Values};
+use crosscoder::trainer::Trainer;
+use crosscoder::{Config, CrossCoder, Dtype, ErrorKind, Result, Tensor, Values};
 use primitives::*;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const PTX: [&str; 3] =
@@ -73,8 +79,12 @@ fn encode_f16() -> Result<()> {
 
 /// Compaction of rows of more words than a block has threads, and sums of more entries than that.
 fn decode() -> Result<()> {
+    decode_wide(9)
+}
+
+fn decode_wide(k: usize) -> Result<()> {
     let be = Cuda::new(0, Dtype::F32)?.with_path(Path::Sparse);
-    let ([batch, h, k], mut rng) = ([2, 4600, 9], Rng(1));
+    let ([batch, h], mut rng) = ([2, 4600], Rng(1));
     let (mut x, mut acts, mut rec) = <(_, <Cuda as Backend>::Latents, _)>::default();
     be.fill(batch, h, &rng.sparse(batch * h).iter().map(|v| *v as f32).collect::<Vec<_>>(), &mut x)?;
     be.to_latents(&x, &mut acts)?;
@@ -137,6 +147,40 @@ fn an_access_out_of_bounds_is_found() {
 }
 
 #[test]
+fn an_access_that_is_not_aligned_is_found() {
+    let Some(_guard) = alone("an_access_that_is_not_aligned_is_found") else { return };
+    // Each load of 16 bytes in turn is made four bytes further on: a row of the decoder, a tile in shared memory.
+    let kernels: [(&str, &str, Run); 2] =
+        [("gather_f32", "ld.global.nc.v4", || decode_wide(12)), ("product_nt_f32", "ld.shared.v4", encode_f32)];
+    for (name, load, run) in kernels {
+        let text = kernel(name);
+        let end = |at: usize| at + text[at..].find(']').unwrap();
+        let mut found = 0;
+        for load in
+            text.match_indices(load).map(|(at, _)| &text[at..end(at)]).filter(|load| !load.contains('+')).take(8)
+        {
+            // Loads that this run does not come to stay unseen.
+            for fault in plant_each(name, load, &format!("{load}+4"), run).into_iter().flatten() {
+                assert!(fault.contains("not aligned"), "{name}: {fault}");
+                found += 1;
+            }
+        }
+        assert!(found > 0, "{name}: none is found");
+    }
+}
+
+#[test]
+fn shared_memory_that_was_never_written_is_found() {
+    let Some(_guard) = alone("shared_memory_that_was_never_written_is_found") else { return };
+    // Each write of a warp's part of a sum in turn is left out.
+    let text = kernel("norm_parts_f32");
+    let at = text.find("st.shared").unwrap();
+    let write = &text[at..at + text[at..].find(';').unwrap() + 1];
+    let faults = plant_each("norm_parts_f32", write, "", encode_f32);
+    assert!(faults[0].as_deref().is_some_and(|f| f.contains("never written")), "{faults:?}");
+}
+
+#[test]
 fn after_a_fault_every_call_is_an_error_and_a_new_context_works() {
     let Some(_guard) = alone("after_a_fault_every_call_is_an_error_and_a_new_context_works") else { return };
     let text = kernel("round_f32");
@@ -183,6 +227,99 @@ fn a_lost_device_is_an_error() {
     let error = be.norm(&m).unwrap_err();
     assert!(error.to_string().contains("(999); the device or its driver may be lost"), "{error}");
     standin::lose(0);
+}
+
+fn cfg(dtype: Dtype) -> Config {
+    let mut cfg = Config::default();
+    let sizes = [("d_in", 20), ("dict_size", 150), ("batch_size", 37), ("buffer_mult", 4), ("num_tokens", 37 * 10)];
+    sizes.into_iter().for_each(|(key, value)| cfg.set(key, value));
+    [("log_every", 3), ("save_every", 4)].into_iter().for_each(|(key, value)| cfg.set(key, value));
+    cfg.set("lr", 1e-3);
+    cfg.set("enc_dtype", dtype.enc_name().unwrap());
+    cfg
+}
+
+#[test]
+fn a_step_brings_one_batch_up_and_numbers_down() {
+    let Some(_guard) = alone("a_step_brings_one_batch_up_and_numbers_down") else { return };
+    let (batch, width, mut rng) = (37, 40, Rng(9));
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        for path in [Path::Sparse, Path::Dense] {
+            let be = Cuda::new(0, dtype).unwrap().with_path(path);
+            let mut trainer = Trainer::new(CrossCoder::new_on(be.clone(), cfg(dtype)).unwrap()).unwrap();
+            let x: Vec<f32> = rng.vec(batch * width).iter().map(|v| *v as f32).collect();
+            trainer.step(&x).unwrap();
+            standin::counts();
+            trainer.step(&x).unwrap();
+            let counts = standin::counts();
+            // From pinned memory, on a stream of its own.
+            assert_eq!((counts.ups, counts.up_bytes), (1, (batch * width * 4) as u64), "{dtype} {path:?}");
+            assert_eq!((counts.pageable_ups, counts.ups_in_turn), (0, 0), "{dtype} {path:?}");
+            // Down come at most twelve numbers for each row, two for each norm of a gradient, and the support's size: a
+            // twelfth of one weight.
+            assert!(counts.down_bytes <= 4 * (12 * batch as u64 + 8 + 1), "{dtype} {path:?}: {counts:?}");
+            println!("{dtype} {path:?}: {counts:?}");
+            // Nobody waits for a batch on its way up.
+            be.fill(batch, width, &x, &mut Default::default()).unwrap();
+            assert_eq!((standin::counts().waits, standin::counts().downs), (0, 0), "{dtype} {path:?}");
+        }
+    }
+}
+
+/// A directory of its own for a test, empty.
+fn folder(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("crosscoder-cuda-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    dir
+}
+
+/// Name and bytes of each file of a run.
+fn files(out: &std::path::Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(out.join("version_0")).unwrap().map(|entry| entry.unwrap());
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+#[test]
+fn a_run_whose_device_fails_keeps_its_checkpoint_and_goes_on() {
+    let Some(_guard) = alone("a_run_whose_device_fails_keeps_its_checkpoint_and_goes_on") else { return };
+    static NEVER: AtomicBool = AtomicBool::new(false);
+    let rows: Vec<f32> = Rng(3).vec(200 * 40).iter().map(|v| *v as f32).collect();
+    let acts = Activations::from_tensor("rows", Tensor::new(vec![200, 2, 20], Values::F32(rows)).unwrap()).unwrap();
+    let train = |run: run::Run, watch: &mut dyn FnMut(Event<'_>)| -> Result<Ended<Cuda>> {
+        // The support has another size in each step, and needs new memory.
+        run.train(Cuda::new(0, Dtype::F32)?.with_path(Path::Sparse), &acts, &NEVER, watch)
+    };
+    let whole = folder("whole");
+    train(run::Run::create(&whole, cfg(Dtype::F32)).unwrap(), &mut |_| {}).unwrap();
+    // What the device does in step 7 of 10, checkpoints being saved each 4, and what the error says.
+    let failures: [(&str, &str, fn()); 6] = [
+        ("illegal-access", "(700); the device cannot be used again", || standin::fail_after(5, 700)),
+        ("in-the-backward-pass", "(700)", || standin::fail_after(25, 700)),
+        ("launch-failed", "(719); the device cannot be used again", || standin::fail_after(9, 719)),
+        ("ecc", "(214)", || standin::lose(214)),
+        ("lost", "(999); the device or its driver may be lost", || standin::lose(46)),
+        ("out-of-memory", "out of memory", || standin::memory(1)),
+    ];
+    for (name, said, fail) in failures {
+        let out = folder(name);
+        let error = train(run::Run::create(&out, cfg(Dtype::F32)).unwrap(), &mut |event| {
+            if let Event::Step { step: 6, .. } = event {
+                fail();
+            }
+        });
+        standin::memory(usize::MAX);
+        let error = error.err().unwrap_or_else(|| panic!("{name}: the run went through"));
+        let text = error.to_string();
+        assert_eq!(error.kind(), ErrorKind::Device, "{name}: {text}");
+        assert!(text.contains(said), "{name}: {text}");
+        assert!(text.contains("the newest checkpoint is") && text.contains("(step 4)"), "{name}: {text}");
+        CrossCoder::load(out.join("version_0")).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let ended =
+            train(run::Run::resume(&out).unwrap().unwrap(), &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(ended.finished && files(&out) == files(&whole), "{name}: the run that went on ends elsewhere");
+        std::fs::remove_dir_all(out).unwrap();
+    }
+    std::fs::remove_dir_all(whole).unwrap();
 }
 
 #[test]

@@ -45,6 +45,30 @@ fn primitives_agree_with_naive_loops() {
 }
 
 #[test]
+fn every_kernel_is_run() {
+    let Some(_guard) = alone("every_kernel_is_run") else { return };
+    // What the primitives' tests launch, on a device without and on one with the copy engine; widths that fit its boxes
+    // and one that does not.
+    for major in [8, 9] {
+        standin::device(1, 12000, major, 0);
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            for (path, product) in [(Path::Sparse, Product::Ffma), (Path::Dense, Product::Split)] {
+                let be = Cuda::new(0, dtype).unwrap().with_path(path).with_product(product);
+                [[5, 13, 2, 7], [3, 20, 2, 8]].into_iter().for_each(|shape| check(&be, shape));
+            }
+            check_adam(&Cuda::new(0, dtype).unwrap());
+        }
+    }
+    let ran = standin::kernels();
+    let general =
+        [include_str!("../ptx/rows.ptx"), include_str!("../ptx/latents.ptx"), include_str!("../ptx/product.ptx")];
+    let names = |ptx: &'static str| ptx.split(".entry ").skip(1).map(|text| text.split_once('(').unwrap().0);
+    let missing: Vec<&str> =
+        general.into_iter().chain([PTX]).flat_map(names).filter(|name| !ran.iter().any(|r| r == name)).collect();
+    assert!(missing.is_empty(), "kernels that no test runs: {missing:?}");
+}
+
+#[test]
 fn golden_cases_pass() {
     let Some(_guard) = alone("golden_cases_pass") else { return };
     let fixtures = standin::root().join("fixtures/golden");

@@ -102,6 +102,8 @@ calls! {
     fn memory(c"standin_memory"; limit: usize as usize = limit);
     /// Whether copies to the device are carried out when they are begun; otherwise when somebody waits for them.
     fn eager_copies(c"standin_eager_copies"; eager: bool as c_int = c_int::from(eager));
+    /// Has the device fail with this code of the driver after so many more kernels.
+    fn fail_after(c"standin_fail_after"; kernels: u64 as u64 = kernels, code: i32 as c_int = code);
     /// Has every later call fail with this code of the driver; 0: no longer.
     fn lose(c"standin_lose"; code: i32 as c_int = code);
 }
@@ -122,12 +124,56 @@ pub fn planted<T>(from: &str, to: &str, f: impl FnOnce() -> T) -> T {
 
 /// What the last fault of a kernel was.
 pub fn fault() -> String {
-    type Fault = unsafe extern "C" fn(*mut c_char, usize) -> c_int;
-    let mut text = vec![0u8; 4096];
+    text(c"standin_fault")
+}
+
+/// The names of the kernels that ran in this process.
+pub fn kernels() -> Vec<String> {
+    text(c"standin_kernels").lines().map(str::to_owned).collect()
+}
+
+fn text(function: &CStr) -> String {
+    type Text = unsafe extern "C" fn(*mut c_char, usize) -> c_int;
+    let mut text = vec![0u8; 0x4000];
     // SAFETY: as above; the text is cut to the size that is given.
     unsafe {
-        let fault = std::mem::transmute::<*mut c_void, Fault>(symbol(c"standin_fault"));
-        fault(text.as_mut_ptr().cast(), text.len());
+        let function = std::mem::transmute::<*mut c_void, Text>(symbol(function));
+        function(text.as_mut_ptr().cast(), text.len());
     }
     CStr::from_bytes_until_nul(&text).unwrap().to_string_lossy().into_owned()
+}
+
+/// What was asked of the driver: `Counts` in tests/ptx-interpreter/src/lib.rs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct Counts {
+    pub launches: u64,
+    pub ups: u64,
+    pub up_bytes: u64,
+    pub pageable_ups: u64,
+    pub ups_in_turn: u64,
+    pub downs: u64,
+    pub down_bytes: u64,
+    pub waits: u64,
+}
+
+/// What was asked of the driver since the last call.
+pub fn counts() -> Counts {
+    type Count = unsafe extern "C" fn(*mut Counts) -> c_int;
+    let mut out = Counts::default();
+    // SAFETY: as above; both sides have the same fields.
+    unsafe { std::mem::transmute::<*mut c_void, Count>(symbol(c"standin_counts"))(&mut out) };
+    out
+}
+
+/// A folder in which another process finds the stand-in as the driver, by `LD_LIBRARY_PATH`. [`ready`] has built it.
+pub fn folder() -> PathBuf {
+    let built = root().join("target/ptx-interpreter/release");
+    let link = built.join("libcuda.so.1");
+    if !link.exists() {
+        // Another test program may be first.
+        let _ = std::os::unix::fs::symlink("libcuda.so", &link);
+        assert!(link.exists(), "cannot make {}", link.display());
+    }
+    built
 }

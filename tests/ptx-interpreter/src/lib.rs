@@ -5,7 +5,9 @@
 //! it, so that a missing wait shows; what is copied to the device is read from the host's memory at that time. Errors
 //! of a kernel come, as from a device, with a later call, and stay.
 //!
-//! Functions that begin with `standin_` are for tests: they plant faults and tell what happened.
+//! Functions that begin with `standin_` are for tests: they plant faults and tell what happened. Another process is told by
+//! its environment: `STANDIN_DEVICE=1,12000,9,0` (devices, the driver's CUDA version, the capability) says what there is, and
+//! the names of the kernels that ran go into the file `STANDIN_KERNELS` when the context ends.
 
 #![allow(non_snake_case, unused_unsafe, clippy::missing_safety_doc)]
 
@@ -21,7 +23,7 @@ use hopper::{MAGIC, TensorMap};
 use machine::{Launch, run};
 use memory::Memory;
 use parse::Module;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::sync::Mutex;
 
@@ -42,6 +44,25 @@ struct Stream {
     /// Operations that were carried out, and that were ever put in.
     done: u64,
     put: u64,
+    /// Whether a kernel was ever launched here.
+    computes: bool,
+}
+
+/// What was asked for since somebody began to count.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct Counts {
+    launches: u64,
+    /// Copies to the device, their bytes, and how many of them are not from pinned memory or not beside the computation.
+    ups: u64,
+    up_bytes: u64,
+    pageable_ups: u64,
+    ups_in_turn: u64,
+    /// Copies to the host and their bytes.
+    downs: u64,
+    down_bytes: u64,
+    /// Times that the host waited for a stream.
+    waits: u64,
 }
 
 /// An operation of a stream.
@@ -103,13 +124,23 @@ struct State {
     plant: Option<(String, String)>,
     /// Whether copies to the device are carried out at once.
     eager_copies: bool,
-    launches: u64,
+    counts: Counts,
+    /// The names of kernels that ran.
+    kernels: BTreeSet<String>,
+    /// After so many more kernels the device fails with a code.
+    fail_after: Option<(u64, c_int)>,
 }
 
 static STATE: Mutex<Option<State>> = Mutex::new(None);
 
 fn with<T>(f: impl FnOnce(&mut State) -> T) -> T {
     let mut state = STATE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let asked = || {
+        let text = std::env::var("STANDIN_DEVICE").ok()?;
+        let numbers: Vec<c_int> = text.split(',').filter_map(|n| n.parse().ok()).collect();
+        <[c_int; 4]>::try_from(numbers).ok()
+    };
+    let [devices, version, major, minor] = asked().unwrap_or([1, 12_000, 8, 0]);
     f(state.get_or_insert_with(|| State {
         memory: Memory::new(),
         modules: HashMap::new(),
@@ -122,12 +153,14 @@ fn with<T>(f: impl FnOnce(&mut State) -> T) -> T {
         contexts: 0,
         error: None,
         fault: CString::default(),
-        version: 12_000,
-        capability: (8, 0),
-        devices: 1,
+        version,
+        capability: (major, minor),
+        devices,
         plant: None,
         eager_copies: false,
-        launches: 0,
+        counts: Counts::default(),
+        kernels: BTreeSet::new(),
+        fail_after: None,
     }))
 }
 
@@ -148,7 +181,27 @@ impl State {
     fn put(&mut self, stream: usize, work: Work) -> Answer {
         self.error.map_or(Ok(()), Err)?;
         let eager = self.eager_copies && matches!(work, Work::Up { .. });
+        let pinned = |from: usize, bytes: usize| {
+            self.pinned.iter().any(|(&at, layout)| at <= from && from + bytes <= at + layout.size())
+        };
         let queue = self.streams.get_mut(&stream).ok_or(INVALID_VALUE)?;
+        match work {
+            Work::Up { from, bytes, .. } => {
+                self.counts.ups += 1;
+                self.counts.up_bytes += bytes as u64;
+                self.counts.pageable_ups += u64::from(!pinned(from, bytes));
+                self.counts.ups_in_turn += u64::from(queue.computes);
+            }
+            Work::Down { bytes, .. } => {
+                self.counts.downs += 1;
+                self.counts.down_bytes += bytes as u64;
+            }
+            Work::Launch { .. } => {
+                self.counts.launches += 1;
+                queue.computes = true;
+            }
+            _ => {}
+        }
         queue.waiting.push_back(work);
         queue.put += 1;
         let put = queue.put;
@@ -203,7 +256,14 @@ impl State {
                 unsafe { at.write_bytes(value, bytes) };
             }
             Work::Launch { module, kernel, grid, threads, dynamic_bytes, params } => {
-                self.launches += 1;
+                if let Some((left, code)) = &mut self.fail_after {
+                    if *left == 0 {
+                        let code = *code;
+                        return Err(self.fail(code, "planted"));
+                    }
+                    *left -= 1;
+                }
+                self.kernels.insert(kernel.clone());
                 let view = self.memory.view();
                 let kernel = self.modules.get(&module).and_then(|m| m.kernels.get(&kernel)).ok_or(NOT_FOUND)?;
                 let launch = Launch { kernel, grid, threads, dynamic_bytes, params: &params, memory: &view };
@@ -213,6 +273,17 @@ impl State {
             }
         }
         Ok(())
+    }
+}
+
+/// # Safety
+/// `out` holds `bytes` bytes, at least one.
+unsafe fn put_text(text: &str, out: *mut c_char, bytes: usize) {
+    let text = &text.as_bytes()[..text.len().min(bytes.saturating_sub(1))];
+    // SAFETY: as the caller says; one byte is left for the nul.
+    unsafe {
+        std::ptr::copy_nonoverlapping(text.as_ptr().cast(), out, text.len());
+        *out.add(text.len()) = 0;
     }
 }
 
@@ -263,6 +334,11 @@ driver! {
             if s.contexts == 0 {
                 // As on a device: with its last user the context goes, and with it everything in it.
                 s.error = None;
+                s.fail_after = None;
+                if let Some(path) = std::env::var_os("STANDIN_KERNELS") {
+                    let names: Vec<&str> = s.kernels.iter().map(String::as_str).collect();
+                    let _ = std::fs::write(path, names.join("\n"));
+                }
                 s.memory.free_all();
                 s.modules.clear();
                 s.functions.clear();
@@ -279,7 +355,11 @@ driver! {
     }
     fn cuStreamDestroy_v2(stream: Handle) { with(|s| s.streams.remove(&(stream as usize))); Ok(()) }
     fn cuStreamSynchronize(stream: Handle) {
-        with(|s| { let put = s.streams.get(&(stream as usize)).ok_or(INVALID_VALUE)?.put; s.run_until(stream as usize, put) })
+        with(|s| {
+            s.counts.waits += 1;
+            let put = s.streams.get(&(stream as usize)).ok_or(INVALID_VALUE)?.put;
+            s.run_until(stream as usize, put)
+        })
     }
     fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uint) {
         with(|s| match *s.events.get(&(event as usize)).ok_or(INVALID_VALUE)? {
@@ -427,10 +507,7 @@ driver! {
     }
     // What the last fault was, in words, cut to `bytes` with the final nul.
     fn standin_fault(out: *mut c_char, bytes: usize) {
-        let fault = with(|s| s.fault.clone());
-        let fault = &fault.as_bytes()[..fault.as_bytes().len().min(bytes.saturating_sub(1))];
-        std::ptr::copy_nonoverlapping(fault.as_ptr().cast(), out, fault.len());
-        *out.add(fault.len()) = 0;
+        put_text(&with(|s| s.fault.to_string_lossy().into_owned()), out, bytes);
         Ok(())
     }
     // Properties of the device.
@@ -445,5 +522,13 @@ driver! {
         with(|s| if code == 0 { s.error = None } else { s.fail(code, "lost"); });
         Ok(())
     }
-    fn standin_launches(count: *mut u64) { *count = with(|s| s.launches); Ok(()) }
+    // The device fails with this code after so many more kernels.
+    fn standin_fail_after(kernels: u64, code: c_int) { with(|s| s.fail_after = Some((kernels, code))); Ok(()) }
+    // What was asked for since the last call.
+    fn standin_counts(out: *mut Counts) { *out = with(|s| std::mem::take(&mut s.counts)); Ok(()) }
+    // The names of kernels that ran, a line each, cut to `bytes` with the final nul.
+    fn standin_kernels(out: *mut c_char, bytes: usize) {
+        put_text(&with(|s| s.kernels.iter().map(String::as_str).collect::<Vec<_>>().join("\n")), out, bytes);
+        Ok(())
+    }
 }
