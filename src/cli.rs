@@ -5,6 +5,7 @@
 mod args;
 mod bench;
 mod convert;
+mod device;
 mod download;
 mod encode;
 mod eval;

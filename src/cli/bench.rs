@@ -1,7 +1,8 @@
 //! `crosscoder bench`: measured speeds as CSV, each result checked.
 
 use super::args;
-use crosscoder::backend::Cpu;
+use super::device::{self, with_backend};
+use crosscoder::backend::Picked;
 use crosscoder::bench::{self, CASES, CSV_HEADER, Case, OPS, QUICK};
 use crosscoder::dtype::Dtype;
 use crosscoder::error::{Error, Result};
@@ -10,7 +11,7 @@ use std::process::ExitCode;
 
 const HELP: &str = "\
 crosscoder bench [--quick] [--case D_IN,DICT_SIZE,BATCH,L0]… [--dtype fp32|bf16|fp16]… [--op OP]
-                 [--path auto|dense|sparse]
+                 [--device D] [--path auto|dense|sparse]
 
 Times the operations init, encode (batch 1 and BATCH), decode, get_losses, save, load, step, and prints CSV: machine, backend,
 dtype, shape, L0, operation, the shortest of several times, bytes and floating-point operations per second (of the dense
@@ -20,18 +21,21 @@ formulas), a number of the result. Each result is checked before its time is pri
   --case CASE  this shape, with L0 latents on in a row on average [the shapes of the README, 2.5 GB of memory]
   --dtype T    [all three]
   --op OP      this operation only
+  --device D   cpu, cuda or cuda:N: the GPU, if there is one [cpu]
   --path PATH  how latents are held: by the faster way [auto], always dense, always sparse
 ";
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short};
     let (mut cases, mut dtypes, mut op, mut path) = (Vec::new(), Vec::new(), None, Path::Auto);
+    let mut device = device::DEFAULT.to_owned();
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
             Long("quick") => cases.extend(QUICK),
             Long("case") => cases.push(case(&args::text(parser)?)?),
             Long("dtype") => dtypes.push(Dtype::from_enc_name(&args::text(parser)?)?),
             Long("op") => op = Some(args::text(parser)?),
+            Long("device") => device = args::text(parser)?,
             Long("path") => path = args::path(parser)?,
             Long("help") | Short('h') => return args::help(HELP),
             other => return Err(args::usage(other.unexpected())),
@@ -47,8 +51,19 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     for case in cases {
         for &dtype in &dtypes {
             let mut print = |row: bench::Row| args::print(&format!("{}\n", row.csv(&machine)));
-            let backend = Cpu::<f32>::new(dtype).with_path(path);
-            bench::run(backend.clone(), &format!("cpu {}", backend.instructions()), case, op.as_deref(), &mut print)?;
+            let picked = device::pick(&device, dtype)?;
+            let name = match &picked {
+                Picked::Cpu(backend, _) => format!("cpu {}", backend.instructions()),
+                #[cfg(feature = "cuda")]
+                Picked::Cuda(backend) => format!("cuda {}", backend.describe().replace(',', "")),
+            };
+            with_backend!(picked, |backend| bench::run(
+                backend.with_path(path),
+                &name,
+                case,
+                op.as_deref(),
+                &mut print
+            ))?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,10 +1,11 @@
 //! `crosscoder encode`: the latents of activations, sparse.
 
 use super::args;
+use super::device::{self, with_backend};
 use super::eval::factors;
 use crosscoder::activations::Activations;
 use crosscoder::atomic;
-use crosscoder::backend::Cpu;
+use crosscoder::backend::Backend;
 use crosscoder::checkpoint::is_safetensors;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 const HELP: &str = "\
-crosscoder encode CHECKPOINT ACTS… --out F [--batch-size N] [--raw]
+crosscoder encode CHECKPOINT ACTS… --out F [--batch-size N] [--device D] [--raw]
 
 Writes the latents of activations, those that are not zero, as a sparse matrix [rows, dict_size] in rows (CSR):
 
@@ -24,7 +25,7 @@ Writes the latents of activations, those that are not zero, as a sparse matrix [
   size          int64 [2]: rows, dict_size
 
 In PyTorch: t = torch.load(F); torch.sparse_csr_tensor(t['crow_indices'], t['col_indices'], t['values'], tuple(t['size'])).
-CHECKPOINT, ACTS and --raw as for `crosscoder eval`.
+CHECKPOINT, ACTS, --device and --raw as for `crosscoder eval`.
 
   --out F         .pt or .safetensors; what is there is not replaced
   --batch-size N  rows at a time [1024]; results do not depend on it
@@ -33,10 +34,12 @@ CHECKPOINT, ACTS and --raw as for `crosscoder eval`.
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
     let (mut paths, mut out, mut batch_size, mut raw) = (Vec::<PathBuf>::new(), None::<PathBuf>, 1024usize, false);
+    let mut device = device::DEFAULT.to_owned();
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
             Long("out") => out = Some(parser.value().map_err(args::usage)?.into()),
             Long("batch-size") => batch_size = args::number(parser, "batch-size")?,
+            Long("device") => device = args::text(parser)?,
             Long("raw") => raw = true,
             Long("help") | Short('h') => return args::help(HELP),
             Value(path) => paths.push(path.into()),
@@ -48,16 +51,36 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if out.exists() {
         return Err(Error::usage("is there already").in_file(&out));
     }
-    let crosscoder = CrossCoder::load_with(&args::checkpoint(checkpoint)?, Cpu::new)?;
+    let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;
     let acts = Activations::open(acts)?;
+    let tensors = with_backend!(picked, |backend| latents(&checkpoint.on(backend)?, &acts, batch_size, raw))?;
+    atomic::write(&out, |file| {
+        if is_safetensors(&out) {
+            let named: Vec<(&str, &dyn TensorSource)> =
+                tensors.iter().map(|(name, tensor)| (*name, tensor as &dyn TensorSource)).collect();
+            return safetensors::write(file, &named, &[]).map(drop);
+        }
+        let entries = tensors.iter().map(|(name, tensor)| ((*name).into(), Save::Tensor(tensor))).collect();
+        pt::Writer::new(file, &pt::Writer::<Vec<u8>>::folder_for(&out))?.save(&Save::Dict(entries)).map(drop)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The tensors of the file, by name.
+fn latents<B: Backend<Scalar = f32>>(
+    crosscoder: &CrossCoder<B>,
+    acts: &Activations,
+    batch_size: usize,
+    raw: bool,
+) -> Result<[(&'static str, Tensor); 4]> {
     if (acts.n_models(), acts.d_in()) != (crosscoder.n_models(), crosscoder.d_in()) {
         let (found, needed) = ((acts.n_models(), acts.d_in()), (crosscoder.n_models(), crosscoder.d_in()));
         return Err(Error::shape(format!("rows of shape {found:?}; the crosscoder needs {needed:?}")).at(acts.place(0)));
     }
-    let factors = factors(&crosscoder, raw)?;
+    let factors = factors(crosscoder, raw)?;
     let d_hidden = crosscoder.d_hidden();
     let (mut starts, mut columns, mut values) = (vec![0i64], Vec::<i64>::new(), Vec::<f32>::new());
-    Batches::new(&acts, (0..acts.rows()).collect(), batch_size.max(1), &factors).for_each::<f32>(|x| {
+    Batches::new(acts, (0..acts.rows()).collect(), batch_size.max(1), &factors).for_each::<f32>(|x| {
         let mut dense = vec![0f32; x.len() / acts.width() * d_hidden];
         crosscoder.encode_into(x, true, &mut dense)?;
         for row in dense.chunks_exact(d_hidden) {
@@ -70,20 +93,10 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         Ok(())
     })?;
     let vector = |values: Values| Tensor::new(vec![values.len()], values);
-    let tensors = [
+    Ok([
         ("crow_indices", vector(Values::I64(starts))?),
         ("col_indices", vector(Values::I64(columns))?),
         ("values", vector(Values::F32(values))?),
         ("size", vector(Values::I64(vec![acts.rows() as i64, d_hidden as i64]))?),
-    ];
-    atomic::write(&out, |file| {
-        if is_safetensors(&out) {
-            let named: Vec<(&str, &dyn TensorSource)> =
-                tensors.iter().map(|(name, tensor)| (*name, tensor as &dyn TensorSource)).collect();
-            return safetensors::write(file, &named, &[]).map(drop);
-        }
-        let entries = tensors.iter().map(|(name, tensor)| ((*name).into(), Save::Tensor(tensor))).collect();
-        pt::Writer::new(file, &pt::Writer::<Vec<u8>>::folder_for(&out))?.save(&Save::Dict(entries)).map(drop)
-    })?;
-    Ok(ExitCode::SUCCESS)
+    ])
 }

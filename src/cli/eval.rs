@@ -1,17 +1,18 @@
 //! `crosscoder eval`: the original's losses over a file of rows.
 
 use super::args;
+use super::device::{self, with_backend};
 use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
-use crosscoder::backend::Cpu;
+use crosscoder::backend::Backend;
 use crosscoder::error::{Error, Result};
-use crosscoder::evaluation::{Batches, evaluate};
+use crosscoder::evaluation::{Batches, Evaluation, evaluate};
 use crosscoder::normalisation;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 const HELP: &str = "\
-crosscoder eval CHECKPOINT ACTS… [--batch-size N] [--raw] [--json]
+crosscoder eval CHECKPOINT ACTS… [--batch-size N] [--device D] [--raw] [--json]
 
 The losses of the original's get_losses over activations, by name: means over all rows, batch by batch.
 
@@ -24,6 +25,7 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
 
   --batch-size N  rows at a time, at most [the cfg's batch_size, at most 4096]. Explained variances compare rows with the
                   mean of their batch, and so depend on it
+  --device D      cpu, cuda or cuda:N: the GPU, if there is one [cpu]
   --raw           takes the rows as they are
   --json          one object
 ";
@@ -31,9 +33,11 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
     let (mut paths, mut batch_size, mut raw, mut json) = (Vec::<PathBuf>::new(), None, false, false);
+    let mut device = device::DEFAULT.to_owned();
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
             Long("batch-size") => batch_size = Some(args::number::<usize>(parser, "batch-size")?),
+            Long("device") => device = args::text(parser)?,
             Long("raw") => raw = true,
             Long("json") => json = true,
             Long("help") | Short('h') => return args::help(HELP),
@@ -42,15 +46,9 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         }
     }
     let (checkpoint, acts) = args::checkpoint_and_acts("eval", &paths)?;
-    let crosscoder = CrossCoder::load_with(&args::checkpoint(checkpoint)?, Cpu::new)?;
+    let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;
     let acts = Activations::open(acts)?;
-    let factors = factors(&crosscoder, raw)?;
-    let batch_size = batch_size.or_else(|| crosscoder.cfg().size("batch_size").ok()).unwrap_or(4096).min(4096);
-    if batch_size == 0 {
-        return Err(Error::usage("--batch-size needs 1 or more"));
-    }
-    let batches = Batches::new(&acts, (0..acts.rows()).collect(), batch_size, &factors);
-    let evaluation = evaluate(&crosscoder, &batches)?;
+    let evaluation = with_backend!(picked, |backend| evaluation(&checkpoint.on(backend)?, &acts, batch_size, raw))?;
     if json {
         let mut object = serde_json::json!({"rows": evaluation.rows});
         for (name, value) in &evaluation.losses {
@@ -64,8 +62,22 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn evaluation<B: Backend>(
+    crosscoder: &CrossCoder<B>,
+    acts: &Activations,
+    batch_size: Option<usize>,
+    raw: bool,
+) -> Result<Evaluation> {
+    let factors = factors(crosscoder, raw)?;
+    let batch_size = batch_size.or_else(|| crosscoder.cfg().size("batch_size").ok()).unwrap_or(4096).min(4096);
+    if batch_size == 0 {
+        return Err(Error::usage("--batch-size needs 1 or more"));
+    }
+    evaluate(crosscoder, &Batches::new(acts, (0..acts.rows()).collect(), batch_size, &factors))
+}
+
 /// One factor for each model: those of the checkpoint, or 1.
-pub(crate) fn factors(crosscoder: &CrossCoder, raw: bool) -> Result<Vec<f64>> {
+pub(crate) fn factors<B: Backend>(crosscoder: &CrossCoder<B>, raw: bool) -> Result<Vec<f64>> {
     let saved = if raw { None } else { normalisation::factors(crosscoder.cfg())? };
     Ok(saved.unwrap_or_else(|| vec![1.0; crosscoder.n_models()]))
 }

@@ -1,6 +1,7 @@
 //! `crosscoder golden`: compare with what the Python original computed.
 
 use super::args;
+use super::device::{self, with_backend};
 use crosscoder::backend::Cpu;
 use crosscoder::error::{Error, Result};
 use crosscoder::golden::{Case, Outcome, Row};
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const HELP: &str = "\
-crosscoder golden CASE… [--json] [--path auto|dense|sparse]
+crosscoder golden CASE… [--json] [--device D] [--path auto|dense|sparse]
 
 Compares what this program computes with golden cases: directories that hold a checkpoint of the Python original
 (0.pt, 0_cfg.json) and what the original computed from it (golden.pt). fixtures/make_golden.py makes one. A directory
@@ -21,6 +22,7 @@ tolerance), the tolerance, the share of it that is used. `judge` is the dtype of
 without rounding (tolerance 1e-12 of the largest value), `bits` for keys compared bit for bit.
 
   --json       one object per key and line: case, key, judge, e_torch, e_ours, tolerance, share, pass, …
+  --device D   cpu, cuda or cuda:N: the GPU, if there is one [cpu]; `f64` is always computed on the CPU
   --path PATH  how latents are held: by the faster way [auto], always dense, always sparse
 
 Exit status 1 if any key misses.
@@ -29,9 +31,11 @@ Exit status 1 if any key misses.
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
     let (mut dirs, mut json, mut path) = (Vec::<PathBuf>::new(), false, sparse::Path::Auto);
+    let mut device = device::DEFAULT.to_owned();
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
             Long("json") => json = true,
+            Long("device") => device = args::text(parser)?,
             Long("path") => path = args::path(parser)?,
             Long("help") | Short('h') => return args::help(HELP),
             Value(dir) => dirs.push(dir.into()),
@@ -49,7 +53,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     for dir in &dirs {
         let case = Case::load(dir)?;
         let dtype = case.cfg.enc_dtype()?;
-        let mut rows = case.compare(Cpu::<f32>::new(dtype).with_path(path))?;
+        let mut rows = with_backend!(device::pick(&device, dtype)?, |backend| case.compare(backend.with_path(path)))?;
         rows.extend(case.compare(Cpu::<f64>::new(dtype).with_path(path))?);
         args::print(&rows.iter().map(if json { json_line } else { table_line }).collect::<String>())?;
         all.extend(rows);

@@ -1,12 +1,13 @@
 //! `crosscoder report`: the model diff as one HTML page.
 
+use super::device::with_backend;
 use super::progress::{Progress, Unit};
-use super::{args, eval};
+use super::{args, device, eval};
 use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
 use crosscoder::analysis::{ActivationStats, DecoderNorms, Thresholds, activation_stats};
 use crosscoder::atomic;
-use crosscoder::backend::Cpu;
+use crosscoder::backend::Backend;
 use crosscoder::checkpoint::Files;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
@@ -42,6 +43,7 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
   --rows N        only the first N rows
   --batch-size N  rows at a time, at most [the cfg's batch_size, at most 4096]. Explained variances compare rows with
                   the mean of their batch, and so depend on it
+  --device D      cpu, cuda or cuda:N: the GPU, if there is one [cpu]
   --raw           takes the rows as they are
   --metrics F     the training log [metrics.jsonl beside the weights, if it is there]
 ";
@@ -61,6 +63,7 @@ struct Asked {
     top_rows: Option<usize>,
     rows: Option<usize>,
     batch_size: Option<usize>,
+    device: Option<String>,
     raw: bool,
     metrics: Option<PathBuf>,
 }
@@ -83,6 +86,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("top-rows") => asked.top_rows = Some(args::number(parser, "top-rows")?),
             Long("rows") => asked.rows = Some(args::number(parser, "rows")?),
             Long("batch-size") => asked.batch_size = Some(args::number(parser, "batch-size")?),
+            Long("device") => asked.device = Some(args::text(parser)?),
             Long("help") | Short('h') => return args::help(HELP),
             Value(path) => asked.paths.push(path.into()),
             other => return Err(args::usage(other.unexpected())),
@@ -104,13 +108,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         args::may_write(path, asked.force || is_stdout(path))?;
     }
     let files = args::checkpoint(&asked.paths[0])?;
-    let crosscoder = CrossCoder::load_with(&files, Cpu::<f32>::new)?;
-    let report = report(&crosscoder, &files, &asked)?;
+    let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
+    let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, &asked))?;
     write(&report, &asked)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn report(crosscoder: &CrossCoder, files: &Files, asked: &Asked) -> Result<Report> {
+fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) -> Result<Report> {
     let thresholds = Thresholds::default();
     let thresholds = Thresholds::new(asked.low.unwrap_or(thresholds.low()), asked.high.unwrap_or(thresholds.high()))?;
     let norms = DecoderNorms::of(crosscoder)?;
@@ -144,7 +148,12 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
     TrainingLog::from_jsonl(&text).map(Some).map_err(|e| e.in_file(path))
 }
 
-fn stats(crosscoder: &CrossCoder, norms: &DecoderNorms, acts: &Activations, asked: &Asked) -> Result<ActivationStats> {
+fn stats<B: Backend>(
+    crosscoder: &CrossCoder<B>,
+    norms: &DecoderNorms,
+    acts: &Activations,
+    asked: &Asked,
+) -> Result<ActivationStats> {
     let factors = eval::factors(crosscoder, asked.raw)?;
     let in_cfg = || crosscoder.cfg().size("batch_size").ok();
     let batch_size = asked.batch_size.or_else(in_cfg).unwrap_or(4096).min(4096);

@@ -1,10 +1,10 @@
 //! `crosscoder train`: activations in, a checkpoint out that the Python original loads.
 
-use super::args;
+use super::{args, device};
 use crosscoder::activations::Activations;
 use crosscoder::analysis::{DecoderNorms, Thresholds, activation_stats};
 use crosscoder::atomic;
-use crosscoder::backend::{Backend, Picked, pick};
+use crosscoder::backend::{Backend, Picked};
 use crosscoder::buffer::HeldOut;
 use crosscoder::checkpoint;
 use crosscoder::config::Config;
@@ -32,6 +32,7 @@ model, A's first; or a directory of such files. Without ACTS it trains on a smal
 
   --cfg FILE         a cfg of the original (JSON); its keys replace the defaults
   --KEY VALUE        any key of the cfg, e.g. --dict_size 4096 --l1_coeff 1; it replaces the file's
+  --device D         cpu, cuda or cuda:N: the GPU, if there is one [the cfg's device; without a cfg cpu]
   --val-fraction F   the share of rows, evenly spread, that is never trained on [0.05; built-in set 0.1]
   --original-refresh the buffer reads nothing after its first fill, as it happens in the original
   --out DIR          where version_0, version_1, … are made [checkpoints]
@@ -102,11 +103,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     };
     let run = if asked.keep_going { run.keep_going() } else { run };
     // `cuda:0`, as the original's cfgs say, means "if there is one".
-    match pick(run.cfg().text("device")?, run.cfg().enc_dtype()?)? {
-        Picked::Cpu(backend, why) => {
-            if let Some(why) = why {
-                let _ = writeln!(std::io::stderr(), "{why}");
-            }
+    match device::pick(run.cfg().text("device")?, run.cfg().enc_dtype()?)? {
+        Picked::Cpu(backend, _) => {
             let backend = asked.threads.map_or(backend.clone(), |n| backend.with_threads(n));
             train(run, backend, &acts, &stop, &asked)
         }
