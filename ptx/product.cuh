@@ -4,10 +4,12 @@
 __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // What is done with sums that lie in shared memory: rows of WIDTH, STRIDE apart, of which each becomes value(m, n,
-// sum). A loop over shared memory keeps this code small and the stores of a warp in one row.
+// sum). A thread takes 16 bytes of the result at a time, and so waits once for all that it reads; a loop over shared
+// memory keeps this code small.
 template <class E>
 struct Finish {
     typedef typename E::T T;
+    static constexpr u32 L = E::LANES;
     u32 M, N;
     const T* bias;  // c = r(r(sum) + bias[n])
     const T* mask;  // c = 0 where mask[m, n] <= 0
@@ -15,23 +17,59 @@ struct Finish {
     u32 add;        // c = r(c + r(sum))
     T* c;
 
-    __device__ __forceinline__ void store(u32 m, u32 n, float sum) const {
+    // The sums v of L columns of row m from n on, of which N - n exist.
+    __device__ __forceinline__ void store(u32 m, u32 n, float* v) const {
         const u64 at = (u64)m * N + n;
-        float v = sum;
-        if (bias) v = r<E>(v) + E::wide(bias[n]);
-        if (add) v = E::wide(c[at]) + r<E>(v);
-        if (relu && r<E>(v) <= 0.f) v = 0.f;
-        if (mask && E::wide(mask[at]) <= 0.f) v = 0.f;
-        c[at] = E::narrow(v);
+        const u32 left = N - n;
+        const bool whole = N % L == 0;
+        float x[L];
+        if (bias) {
+            load<E>(bias + n, whole, left, x);
+#pragma unroll
+            for (u32 i = 0; i < L; i++) v[i] = r<E>(v[i]) + x[i];
+        }
+        if (add) {
+            load<E>(c + at, whole, left, x);
+#pragma unroll
+            for (u32 i = 0; i < L; i++) v[i] = x[i] + r<E>(v[i]);
+        }
+        if (relu) {
+#pragma unroll
+            for (u32 i = 0; i < L; i++)
+                if (r<E>(v[i]) <= 0.f) v[i] = 0.f;
+        }
+        if (mask) {
+            load<E>(mask + at, whole, left, x);
+#pragma unroll
+            for (u32 i = 0; i < L; i++)
+                if (x[i] <= 0.f) v[i] = 0.f;
+        }
+        T out[L];
+#pragma unroll
+        for (u32 i = 0; i < L; i++) out[i] = E::narrow(v[i]);
+        if (whole) {
+            *(uint4*)(c + at) = *(uint4*)out;
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < L; i++)
+                if (i < left) c[at + i] = out[i];
+        }
     }
 
     // `rows` rows that begin at [m0, n0], by COUNT threads of which this is number `thread`; `scale(m, n, sum)` comes first.
     template <u32 WIDTH, u32 STRIDE, u32 COUNT, class F>
     __device__ __forceinline__ void tile(const float* sums, u32 rows, u32 m0, u32 n0, u32 thread, F scale) const {
+        static_assert(WIDTH % L == 0 && STRIDE % 4 == 0, "columns in pieces of 16 bytes");
 #pragma unroll 1
-        for (u32 i = thread; i < rows * WIDTH; i += COUNT) {
-            const u32 m = m0 + i / WIDTH, n = n0 + i % WIDTH;
-            if (m < M && n < N) store(m, n, scale(m, n, sums[i / WIDTH * STRIDE + i % WIDTH]));
+        for (u32 i = thread; i < rows * (WIDTH / L); i += COUNT) {
+            const u32 row = i / (WIDTH / L), col = i % (WIDTH / L) * L, m = m0 + row, n = n0 + col;
+            if (m >= M || n >= N) continue;
+            float v[L];
+#pragma unroll
+            for (u32 l = 0; l < L; l += 4) *(float4*)&v[l] = *(const float4*)&sums[row * STRIDE + col + l];
+#pragma unroll
+            for (u32 l = 0; l < L; l++) v[l] = n + l < N ? scale(m, n + l, v[l]) : 0.f;
+            store(m, n, v);
         }
     }
 };
