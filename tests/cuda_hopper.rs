@@ -69,6 +69,22 @@ fn every_kernel_is_run() {
 }
 
 #[test]
+fn an_older_driver_makes_the_general_products() {
+    let Some(_guard) = alone("an_older_driver_makes_the_general_products") else { return };
+    // CUDA 11.8 neither reads PTX 8.0 nor makes tensor maps.
+    for (version, kernel) in [(11080, "product_nt_bf16"), (12000, "hopper_nt_bf16")] {
+        standin::device(1, version, 9, 0);
+        standin::kernels();
+        check(&Cuda::new(0, Dtype::BF16).unwrap(), [3, 20, 2, 8]);
+        let products: Vec<String> = standin::kernels().into_iter().filter(|name| name.contains("_nt_")).collect();
+        assert_eq!(products, [kernel], "a driver of CUDA {version}");
+    }
+    let be = Cuda::new(0, Dtype::F32).unwrap().with_product(Product::Split).with_general_products();
+    check(&be, [3, 20, 2, 8]);
+    assert!(standin::kernels().iter().all(|name| !name.starts_with("hopper")));
+}
+
+#[test]
 fn golden_cases_pass() {
     let Some(_guard) = alone("golden_cases_pass") else { return };
     let fixtures = standin::root().join("fixtures/golden");

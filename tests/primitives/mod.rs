@@ -103,6 +103,14 @@ pub fn check<B: Backend>(be: &B, [batch, h, models, d]: [usize; 4]) {
     });
     assert_eq!(dense(be, &al), a, "to_latents and to_dense");
 
+    let support = be.support(&al).unwrap();
+    let listed: Vec<(u32, f64)> =
+        support.columns.iter().copied().zip(support.values.iter().map(|v| v.wide())).collect();
+    let naive: Vec<(u32, f64)> =
+        a.iter().enumerate().filter(|(_, v)| **v != 0.0).map(|(i, &v)| ((i % h) as u32, v)).collect();
+    let starts: Vec<usize> = (0..=batch).map(|i| a[..i * h].iter().filter(|v| **v != 0.0).count()).collect();
+    assert_eq!((support.starts, listed), (starts, naive), "support");
+
     // Factors that are powers of two make exact products: both cut the same.
     let factors: Vec<f64> = (0..h).map(|i| [0.5, 1.0, 2.0][i % 3]).collect();
     let mut cut = latents(be, batch, h, &a);

@@ -127,7 +127,7 @@ pub fn fault() -> String {
     text(c"standin_fault")
 }
 
-/// The names of the kernels that ran in this process.
+/// The names of the kernels that ran in this process since the last call.
 pub fn kernels() -> Vec<String> {
     text(c"standin_kernels").lines().map(str::to_owned).collect()
 }

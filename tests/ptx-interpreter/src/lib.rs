@@ -526,9 +526,10 @@ driver! {
     fn standin_fail_after(kernels: u64, code: c_int) { with(|s| s.fail_after = Some((kernels, code))); Ok(()) }
     // What was asked for since the last call.
     fn standin_counts(out: *mut Counts) { *out = with(|s| std::mem::take(&mut s.counts)); Ok(()) }
-    // The names of kernels that ran, a line each, cut to `bytes` with the final nul.
+    // The names of kernels that ran since the last call, a line each, cut to `bytes` with the final nul.
     fn standin_kernels(out: *mut c_char, bytes: usize) {
-        put_text(&with(|s| s.kernels.iter().map(String::as_str).collect::<Vec<_>>().join("\n")), out, bytes);
+        let ran = with(|s| std::mem::take(&mut s.kernels));
+        put_text(&ran.into_iter().collect::<Vec<_>>().join("\n"), out, bytes);
         Ok(())
     }
 }
