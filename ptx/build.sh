@@ -42,6 +42,10 @@ assemble() {
         echo "$3 for $2: a spill, or wgmma or setmaxnreg not as written"
         exit 1
     fi
+    # A multiprocessor has 65536 for all threads.
+    most=$(echo "$said" | sed -n 's/.*Used \([0-9]*\) registers.*/\1/p' | sort -n | tail -n 1)
+    release=$("$1" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+    echo "ptxas $release, $2, $(basename "$3"): at most $most registers a thread"
 }
 
 scratch=$(mktemp -d)

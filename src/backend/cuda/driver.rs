@@ -443,8 +443,9 @@ impl Gpu {
     /// Brings `values` up beside the computation, and has `then` launch what reads them; the buffer it gets is valid in
     /// what it launches.
     ///
-    /// Two slots take turns: while the device works on one batch, the next is copied. Host memory is free again when
-    /// this returns.
+    /// Two slots take turns: a batch is copied while the device still works on what was launched before, with another
+    /// batch. In training that is the optimiser's step: before it the host waits for the gradients' norms. Host memory is
+    /// free again when this returns.
     pub(super) fn upload(&self, values: &[f32], then: impl FnOnce(&Self, Arg) -> Result<()>) -> Result<()> {
         self.0.enter()?;
         let mut uploads = lock(&self.0.uploads);
