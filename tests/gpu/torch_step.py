@@ -1,16 +1,20 @@
 """Times a crosscoder's training step in PyTorch, at the size of tests/cuda.rs's benchmark: the formulas of the original, dense,
-with autograd, gradient clipping and torch.optim.Adam. Prints a table."""
+with all its losses, autograd, gradient clipping, torch.optim.Adam, and the numbers that it logs. Prints a table.
 
+    python tests/gpu/torch_step.py [D_IN,MODELS,DICT,BATCH,ACTIVE]
+"""
+
+import sys
 import time
 
 import torch
 
-D_IN, MODELS, DICT, BATCH, ACTIVE = 2304, 2, 16384, 4096, 80
+D_IN, MODELS, DICT, BATCH, ACTIVE = map(int, (sys.argv[1] if len(sys.argv) > 1 else "2304,2,16384,4096,80").split(","))
 
 
 def measure(run, runs=10):
-    run()
-    run()
+    for _ in range(3):
+        run()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(runs):
@@ -41,21 +45,30 @@ def case(name, dtype, tf32):
     def step():
         acts = torch.relu(product() + b_enc)
         rec = torch.einsum("bh,hmd->bmd", acts, w_dec) + b_dec
-        l2 = (rec.float() - x.float()).pow(2).sum(dim=(1, 2)).mean()
+        per_row = (rec.float() - x.float()).pow(2).sum(dim=(1, 2))
+        l2 = per_row.mean()
+        explained = [1 - per_row / (x - x.mean(0)).pow(2).sum(dim=(1, 2))]
+        for m in range(MODELS):
+            part, ours = x[:, m], rec[:, m]
+            explained.append(1 - (ours - part).pow(2).sum(-1) / (part - part.mean(0)).pow(2).sum(-1))
         norms = w_dec.norm(dim=-1).sum(dim=-1)
         l1 = (acts * norms).sum(dim=-1).mean()
+        l0 = (acts > 0).float().sum(-1).mean()
         loss = l2 + 0.1 * l1
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return [v.item() for v in (loss, l2, l1, l0)] + [v.mean().item() for v in explained]
 
     with torch.no_grad():
         seconds = measure(product)
     rate = 2 * BATCH * MODELS * D_IN * DICT / seconds / 1e12
-    print(f"| {name} | {rate:.1f} | {measure(step) * 1e3:.3f} |", flush=True)
+    print(f"| PyTorch {name} | {rate:.1f} | {measure(step) * 1e3:.3f} |", flush=True)
 
 
+if not torch.cuda.is_available():
+    sys.exit("torch sees no GPU")
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
 print()
 print("| | encoder's product, TFLOP/s | step, ms (the batch is on the device) |")
