@@ -355,7 +355,9 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn encode(&self, x: &Matrix<T>, w: &Matrix<T>, b: &Matrix<T>, out: &mut Latents<T>) -> Result<()> {
         let (limit, mut scratch) = (self.sparse_limit(x.rows, w.rows), self.shop.scratch.take());
         let bias = b.rows(0..1, &mut scratch);
-        if self.path != Path::Dense && self.encode_sparse(x, w, bias, limit, out) {
+        // Latents that were dense the last time mostly are so again; if they are not, that is seen below, in the same bits.
+        let was_dense = !out.sparse && out.shape() == (x.rows, w.rows);
+        if self.path != Path::Dense && !was_dense && self.encode_sparse(x, w, bias, limit, out) {
             return Ok(());
         }
         let dense = out.overwrite_dense(x.rows, w.rows);
