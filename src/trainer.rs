@@ -253,7 +253,9 @@ impl<B: Backend> Trainer<B> {
         };
         let width = self.crosscoder.n_models() * self.crosscoder.d_in();
         let dtype = self.crosscoder.dtype();
-        let bad = acts.iter().position(|&v| !v.rounded_to(dtype).wide().is_finite());
+        // A value is to blame if the dtype does not hold it, or float32, in which losses are sums, not its square.
+        let is_bad = |v: B::Scalar| !v.rounded_to(dtype).wide().is_finite() || (v.wide().powi(2) as f32).is_infinite();
+        let bad = acts.iter().position(|&v| is_bad(v));
         let (why, row) = match (bad, self.check_parameters()) {
             (Some(at), _) => {
                 let (row, col) = (at / width, at % width);

@@ -217,6 +217,15 @@ fn a_poisoned_row_stops_the_run_and_is_named() {
         train(Run::create(&out, cfg(&[("normalisation_factor", vec![1.0, 1.0].into())])).unwrap(), &acts, u64::MAX);
     let message = error.err().unwrap().to_string();
     assert!(message.contains("rows in memory, row 137: step ") && message.contains("l2_loss is NaN"), "{message}");
+    // So it does where a value is finite and its square is not.
+    let mut values = rows(200, 6);
+    values[137 * 12 + 2] = -3e38;
+    let tensor = Tensor::new(vec![200, 2, 6], Values::F32(values)).unwrap();
+    let acts = Activations::from_tensor("rows in memory", tensor).unwrap();
+    let error =
+        train(Run::create(&out, cfg(&[("normalisation_factor", vec![1.0, 1.0].into())])).unwrap(), &acts, u64::MAX);
+    let message = error.err().unwrap().to_string();
+    assert!(message.contains("rows in memory, row 137: step ") && message.contains("at model A, 2"), "{message}");
     std::fs::remove_dir_all(&out).unwrap();
 }
 
