@@ -126,11 +126,41 @@ impl Staged {
     /// # Errors
     /// If the rename fails; the old file is still there then.
     pub fn place(mut self) -> Result<()> {
+        self.rename()?;
+        sync_folder(&self.path)
+    }
+
+    fn rename(&mut self) -> Result<()> {
         let cannot = |e| Error::io("cannot move the finished file into its place", e).in_file(&self.path);
         std::fs::rename(&self.temporary, &self.path).map_err(cannot)?;
         self.placed = true;
-        sync_folder(&self.path)
+        Ok(())
     }
+}
+
+/// Places two files that belong together, the small one first. If the second cannot be placed, what was there instead of the
+/// first is put back.
+///
+/// # Errors
+/// As [`Staged::place`]; both old files are still there then, or, if the last sync failed, both new ones.
+pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
+    let path = small.path.clone();
+    let before = match std::fs::read(&path) {
+        Ok(bytes) => Some(bytes),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) => return Err(Error::io("cannot read", e).in_file(&path)),
+    };
+    if let Err(e) = small.place().and_then(|()| second.rename()) {
+        // Its bytes may be the ones that are missing on a full disk.
+        drop(second);
+        // What went wrong first is what is told.
+        let _ = match before {
+            Some(bytes) => write(&path, |out| out.write_all(&bytes).map_err(|e| Error::io("cannot write", e))),
+            None => std::fs::remove_file(&path).map_err(|e| Error::io("cannot remove", e)),
+        };
+        return Err(e);
+    }
+    sync_folder(&second.path)
 }
 
 impl Drop for Staged {
@@ -149,8 +179,28 @@ pub fn write(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Re
     stage(path, content)?.place()
 }
 
-/// Syncs the folder that holds `path`, so that a rename in it outlives a power failure.
-fn sync_folder(path: &Path) -> Result<()> {
+/// Makes a folder, and those above it that are missing, such that they outlive a power failure.
+///
+/// # Errors
+/// If one cannot be made or what it is made in cannot be synced.
+pub fn create_folders(folder: &Path) -> Result<()> {
+    let cannot = |e| Error::io("cannot create the directory", e).in_file(folder);
+    match std::fs::create_dir(folder) {
+        Ok(()) => sync_folder(folder),
+        Err(_) if folder.is_dir() => Ok(()),
+        Err(e) => match folder.parent() {
+            Some(parent) if e.kind() == std::io::ErrorKind::NotFound && parent != Path::new("") => {
+                create_folders(parent)?;
+                std::fs::create_dir(folder).map_err(cannot)?;
+                sync_folder(folder)
+            }
+            _ => Err(cannot(e)),
+        },
+    }
+}
+
+/// Syncs the folder that holds `path`, so that what was renamed or made in it outlives a power failure.
+pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     let folder = match path.parent() {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
@@ -215,6 +265,41 @@ mod tests {
         assert_eq!(names(&folder), ["a.txt"]);
         write(&path, |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn two_files_are_placed_together_or_not_at_all() {
+        let folder = folder("both");
+        let new =
+            |name: &str| stage(&folder.join(name), |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
+        // A folder with something in it cannot be renamed over.
+        let blocked = folder.join("blocked");
+        std::fs::create_dir_all(blocked.join("inside")).unwrap();
+        std::fs::write(folder.join("a.json"), b"old").unwrap();
+        assert!(place_both(new("a.json"), new("blocked")).is_err());
+        assert!(place_both(new("b.json"), new("blocked")).is_err());
+        assert_eq!(std::fs::read(folder.join("a.json")).unwrap(), b"old");
+        assert_eq!(names(&folder), ["a.json", "blocked"]);
+        std::fs::remove_dir_all(&blocked).unwrap();
+        place_both(new("a.json"), new("blocked")).unwrap();
+        assert_eq!(std::fs::read(folder.join("a.json")).unwrap(), b"new");
+        assert_eq!(std::fs::read(blocked).unwrap(), b"new");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn folders_are_made_with_those_above_them() {
+        let folder = folder("folders");
+        for _ in 0..2 {
+            create_folders(&folder.join("a/b/c")).unwrap();
+        }
+        assert!(folder.join("a/b/c").is_dir());
+        std::fs::write(folder.join("file"), b"").unwrap();
+        for path in ["file", "file/below"] {
+            let error = create_folders(&folder.join(path)).unwrap_err().to_string();
+            assert!(error.contains(path) && error.contains("cannot create the directory"), "{error}");
+        }
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -80,12 +80,12 @@ pub fn version_dir(base: &Path, version: usize) -> PathBuf {
 /// # Errors
 /// If it cannot be made.
 pub fn create_save_dir(base: &Path) -> Result<PathBuf> {
-    std::fs::create_dir_all(base).map_err(|e| Error::io("cannot make the folder", e).in_file(base))?;
+    atomic::create_folders(base)?;
     let mut version = versions(base)?.last().map_or(0, |last| last + 1);
     loop {
         let dir = version_dir(base, version);
         match std::fs::create_dir(&dir) {
-            Ok(()) => return Ok(dir),
+            Ok(()) => return atomic::sync_folder(&dir).map(|()| dir),
             // Another process was faster.
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => version += 1,
             Err(e) => return Err(Error::io("cannot make the folder", e).in_file(&dir)),
@@ -274,8 +274,7 @@ pub fn write(files: &Files, cfg: &Config, parameters: [&dyn TensorSource; 4]) ->
     let cfg = atomic::stage(&files.cfg, |out| {
         out.write_all(cfg.to_json().as_bytes()).map_err(|e| Error::io("cannot write", e))
     })?;
-    cfg.place()?;
-    weights.place()
+    atomic::place_both(cfg, weights)
 }
 
 /// The four parameters in `dtype`, rounded to nearest even, and lying as the original lays them out: `W_enc` as

@@ -422,7 +422,7 @@ struct Lock(#[expect(dead_code, reason = "the lock is given back when the file c
 
 impl Lock {
     fn take(out: &Path) -> Result<Self> {
-        std::fs::create_dir_all(out).map_err(|e| Error::io("cannot create the directory", e).in_file(out))?;
+        atomic::create_folders(out)?;
         let path = out.join(".lock");
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(|e| Error::io("cannot open for writing", e).in_file(&path))?;
