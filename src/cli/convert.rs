@@ -11,6 +11,7 @@ use crosscoder::normalisation;
 use crosscoder::pt::{self, Save, TensorSource};
 use crosscoder::safetensors;
 use crosscoder::tensor::Tensor;
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -101,10 +102,10 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         }
     }
     let entries = file.tensors().to_vec();
-    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    let (mut tensors, mut names) = (Vec::<(String, Tensor)>::new(), HashSet::new());
     for (index, entry) in entries.into_iter().enumerate() {
         let name = if entry.name.is_empty() { "tensor".to_owned() } else { entry.name };
-        if tensors.iter().any(|(other, _)| *other == name) {
+        if !names.insert(name.clone()) {
             return Err(Error::unsupported(format!("two tensors have the name {name:?}")).in_file(from));
         }
         let tensor = file.read(index)?;

@@ -60,6 +60,8 @@ pub(crate) struct Record {
 pub(crate) struct Container<R> {
     reader: R,
     pub(crate) records: Vec<Record>,
+    /// The bytes of all records, unpacked.
+    pub(crate) held: u64,
     by_name: HashMap<String, usize>,
     buffer: Vec<u8>,
     /// Bytes that were read or unpacked so far: what a hostile file made its reader do.
@@ -98,7 +100,8 @@ impl<R: Read + Seek> Container<R> {
             }
         }
         check_places(&mut reader, &mut records, end.directory.start)?;
-        Ok(Container { reader, records, by_name, buffer: Vec::new(), work: 0 })
+        let held = records.iter().fold(0u64, |n, r| n.saturating_add(r.size));
+        Ok(Container { reader, records, held, by_name, buffer: Vec::new(), work: 0 })
     }
 
     /// The record of this name.

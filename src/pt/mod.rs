@@ -233,7 +233,7 @@ impl<R: Read + Seek> PtFile<R> {
     /// # Errors
     /// More than four times all records and 256 MiB.
     pub(crate) fn check_work(&self) -> Result<()> {
-        let held = self.container.records.iter().fold(0u64, |n, r| n.saturating_add(r.size));
+        let held = self.container.held;
         let limit = held.saturating_mul(4).saturating_add(256 << 20);
         match self.container.work > limit {
             true => Err(Error::format(format!(
