@@ -77,9 +77,10 @@ fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Res
     let (full, fulls) = sync_channel::<Vec<u8>>(WAITING);
     let (empties, empty) = channel();
     std::thread::scope(|scope| {
-        let writing = scope.spawn(move || {
+        let start = std::thread::Builder::new;
+        let writing = start().spawn_scoped(scope, move || {
             let (many, manys) = channel();
-            let syncing = scope.spawn(move || manys.into_iter().try_for_each(|()| file.sync_data()));
+            let syncing = start().spawn_scoped(scope, move || manys.into_iter().try_for_each(|()| file.sync_data()))?;
             for (i, mut piece) in fulls.into_iter().enumerate() {
                 file.write_all(&piece)?;
                 piece.clear();
@@ -91,6 +92,7 @@ fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Res
             drop(many);
             joined(syncing)
         });
+        let writing = writing.map_err(|e| Error::io("cannot start a thread", e))?;
         let mut out = Output { piece: Vec::new(), full, empty };
         let result = content(&mut out);
         let last = out.pass_on();
