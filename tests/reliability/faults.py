@@ -1,0 +1,292 @@
+#!/usr/bin/env python3
+"""Lets the N-th system call fail, for every N: what was there stays whole, the error is clean, the next start cleans up.
+
+    cargo build --release
+    tests/reliability/faults.py [--calls write,fsync,rename,open,ftruncate,mkdir] [--errors ENOSPC,EIO,EINTR] [--only train]
+
+A small library that the program is made to load (LD_PRELOAD) lets the first, the second, … call of a kind fail with an error,
+counted over all threads, until a run makes no more of them; `fsync` includes fdatasync. (`--calls thread`: the start of a thread fails with EAGAIN.) The runs: `train`, a
+new run that saves three times; `resume`, the rest of a run that was stopped; `convert --force` and `report --force` over older
+files; `encode`. A run may succeed (after EINTR, or where the call does not matter): then all its files must be those of an
+undisturbed run. Or it fails, with status 1 and a message: then
+
+- train, resume: each checkpoint that is there is bit for bit the undisturbed run's, with its cfg; the same command with
+  `--resume` ends with all the files of the undisturbed run, bit for bit, and no other;
+- convert: weights and cfg are both the old ones or both the new ones; report and encode: each file is the old one (or is not
+  there) or the new one; no temporary file stays.
+
+At the end the order of durability, from strace's log of all calls: data are synced before they are renamed into their place, folders after a
+rename or a new folder in them, before the next rename; the cfg is in its place before the weights, both before `resume.pt`.
+
+Needs Linux, a C compiler (cc) and, for the order, strace.
+"""
+
+import collections
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import common
+
+LIBRARY = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static atomic_long calls;
+static const char *kind;
+static long nth;
+static int error;
+
+__attribute__((constructor)) static void begin(void) {
+    kind = getenv("FAULT_CALL"), nth = atol(getenv("FAULT_N")), error = atoi(getenv("FAULT_ERRNO"));
+}
+
+static int fails(const char *call) {
+    if (!kind || strcmp(kind, call) || atomic_fetch_add(&calls, 1) + 1 != nth) return 0;
+    syscall(SYS_close, syscall(SYS_openat, AT_FDCWD, getenv("FAULT_MARK"), O_CREAT | O_WRONLY, 0600));
+    errno = error;
+    return 1;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define OPEN(name) \
+    int name(const char *path, int flags, ...) { \
+        va_list rest; \
+        va_start(rest, flags); \
+        mode_t mode = va_arg(rest, mode_t); \
+        va_end(rest); \
+        return fails("open") ? -1 : REAL(name)(path, flags, mode); \
+    }
+OPEN(open)
+OPEN(open64)
+ssize_t write(int f, const void *b, size_t n) { return fails("write") ? -1 : REAL(write)(f, b, n); }
+int fsync(int f) { return fails("fsync") ? -1 : REAL(fsync)(f); }
+int fdatasync(int f) { return fails("fsync") ? -1 : REAL(fdatasync)(f); }
+int rename(const char *a, const char *b) { return fails("rename") ? -1 : REAL(rename)(a, b); }
+int ftruncate64(int f, off64_t n) { return fails("ftruncate") ? -1 : REAL(ftruncate64)(f, n); }
+int mkdir(const char *p, mode_t m) { return fails("mkdir") ? -1 : REAL(mkdir)(p, m); }
+int pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), void *x) {
+    return fails("thread") ? error : REAL(pthread_create)(t, a, f, x);
+}
+"""
+
+KEYS = "--dict_size 8 --batch_size 16 --buffer_mult 4 --num_tokens 320 --save_every 8 --log_every 4 --lr 1e-3 --threads 1"
+
+
+def tree(dir):
+    """Every file below a folder with its bytes, but for locks."""
+    paths = [p for p in sorted(dir.rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {str(p.relative_to(dir)): p.read_bytes() for p in paths}
+
+
+class Verb:
+    """A command, what is there before it, and what may be there after it failed."""
+
+    def __init__(self, args, dir, name, before, command, groups=None):
+        self.args, self.dir, self.name, self.command, self.groups = args, dir, name, command, groups
+        self.before = dir / f"{name}-before"
+        self.before.mkdir()
+        before(self.before)
+        self.old = tree(self.before)
+        work = self.start()
+        done = common.run(args, command(work))
+        self.ok = common.check(done.returncode == 0, f"{name}: undisturbed", done.stderr)
+        self.new = tree(work)
+
+    def start(self):
+        """A folder as it is before the command."""
+        work = self.dir / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(self.before, work)
+        return work
+
+    def judge(self, work, status, error):
+        """What is wrong, if anything, once a disturbed run has ended."""
+        if status == 0:
+            return [] if tree(work) == self.new else ["success, but other files"]
+        wrong = [] if status == 1 else [f"status {status}"]
+        if not re.search(r"^crosscoder: .", error, re.M) or "panicked" in error:
+            wrong.append(f"said {error!r}")
+        found = tree(work)
+        if self.groups is None:
+            for name, data in found.items():
+                if re.search(r"/\d+(\.pt|_cfg\.json)$", name) and data != self.new[name]:
+                    wrong.append(f"{name} is neither absent nor whole")
+                if re.search(r"/\d+\.pt$", name) and name.replace(".pt", "_cfg.json") not in found:
+                    wrong.append(f"{name} has no cfg")
+            for name, data in self.old.items():
+                if re.search(r"/\d+\.pt$", name) and name not in found:
+                    wrong.append(f"{name} is gone")
+            again = common.run(self.args, [*self.command(work), *([] if "--resume" in self.command(work) else ["--resume"])])
+            if again.returncode != 0:
+                wrong.append(f"does not go on: {again.stderr}")
+            elif tree(work) != self.new:
+                wrong.append(f"goes on to other files: {sorted(n for n in tree(work).keys() | self.new.keys() if tree(work).get(n) != self.new.get(n))}")
+            return wrong
+        for group in self.groups:
+            state = [found.get(name) for name in group]
+            if state not in ([self.old.get(name) for name in group], [self.new[name] for name in group]):
+                wrong.append(f"{' and '.join(group)}: neither the old nor the new")
+        strangers = found.keys() - self.new.keys() - self.old.keys()
+        return wrong + [f"left {name}" for name in sorted(strangers)]
+
+
+def verbs(args, dir):
+    acts = dir / "acts.npy"
+    common.activations(acts, 300, 4)
+    train = lambda work: ["train", acts, "--out", work / "out", *KEYS.split()]
+    made = dir / "made"
+    made.mkdir()
+    done = common.run(args, train(made))
+    common.check(done.returncode == 0, "a checkpoint to work with", done.stderr)
+    version = made / "out/version_0"
+
+    def stopped(work):
+        """A run that was stopped in its middle, between two regular checkpoints; each read is slowed down to that end."""
+        slowly = ["strace", "-D", "-f", "-o", "/dev/null", "-e", "trace=read", "-e", "inject=read:delay_enter=5000"]
+        child = subprocess.Popen([*slowly, args.program, *map(str, train(work))], stderr=subprocess.DEVNULL)
+        while child.poll() is None and not (work / "out/version_0/0.pt").exists():
+            time.sleep(0.001)
+        child.send_signal(signal.SIGTERM)
+        common.check(child.wait() == 130, "a run that is stopped", child.returncode)
+
+    yield Verb(args, dir, "train", lambda work: None, train)
+    yield Verb(args, dir, "resume", stopped, lambda work: [*train(work), "--resume"])
+
+    def converted(work):
+        shutil.copy(version / "0.pt", work / "out.pt")
+        shutil.copy(version / "0_cfg.json", work / "out_cfg.json")
+
+    convert = lambda work: ["convert", version / "2.pt", work / "out.pt", "--dtype", "bf16", "--force"]
+    yield Verb(args, dir, "convert", converted, convert, [["out.pt", "out_cfg.json"]])
+    yield Verb(args, dir, "encode", lambda work: None, lambda work: ["encode", version, acts, "--out", work / "latents.pt"], [["latents.pt"]])
+
+    def reported(work):
+        for name in ("a.html", "a.json", "a.csv"):
+            (work / name).write_bytes(b"old " + name.encode())
+
+    report = lambda work: ["report", version, acts, "--force", "--out", work / "a.html", "--json", work / "a.json", "--csv", work / "a.csv"]
+    yield Verb(args, dir, "report", reported, report, [["a.html"], ["a.json"], ["a.csv"]])
+
+
+def inject(args, verb, library, call, error, n):
+    """Runs a command whose n-th call fails; the folder, status, stderr and whether there was an n-th."""
+    work, mark = verb.start(), library.with_suffix(".mark")
+    mark.unlink(missing_ok=True)
+    fault = {"LD_PRELOAD": library, "FAULT_CALL": call, "FAULT_N": str(n), "FAULT_ERRNO": str(getattr(errno, error)), "FAULT_MARK": mark}
+    done = common.run(args, verb.command(work), env={**os.environ, **fault})
+    return work, done.returncode, done.stderr, mark.exists()
+
+
+def lines(log):
+    """The calls of strace's log; one that another thread interrupted is put together again."""
+    begun = {}
+    for line in log.read_text(errors="replace").splitlines():
+        pid, _, call = line.partition(" ")
+        if call.endswith("<unfinished ...>"):
+            begun[pid] = call.removesuffix("<unfinished ...>")
+        elif "resumed>" in call:
+            yield begun.pop(pid, "") + call.split("resumed>", 1)[1]
+        else:
+            yield call.strip()
+
+
+CALL = re.compile(r"^ *(\w+)\((.*)\) += (-?\d+)")
+
+
+def order(args, verb, log):
+    """The order of durability in one run."""
+    work = verb.start()
+    trace = "trace=write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,openat,close,mkdir"
+    subprocess.run(["strace", "-f", "-qq", "-s", "4096", "-o", log, "-e", trace, args.program, *map(str, verb.command(work))], capture_output=True)
+    open_files, dirty, folders, renames = {}, set(), set(), 0
+    places = []
+    for line in lines(log):
+        match = CALL.match(line)
+        if not match or int(match[3]) < 0:
+            continue
+        call, text, result = match[1], match[2], match[3]
+        names = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+        number = text.split(",")[0]
+        if call == "openat":
+            open_files[result] = names[0]
+            if "O_CREAT" in text:
+                dirty.add(names[0])
+        elif call == "close":
+            open_files.pop(number, None)
+        elif call in ("write", "pwrite64") and number not in ("1", "2"):
+            dirty.add(open_files.get(number, number))
+        elif call in ("fsync", "fdatasync"):
+            dirty.discard(open_files.get(number))
+            folders.discard(open_files.get(number))
+        elif call == "mkdir":
+            folders.add(os.path.dirname(names[0]))
+        elif call.startswith("rename"):
+            renames += 1
+            old, new = names[0], names[1]
+            places.append(new)
+            common.check(old not in dirty, f"{verb.name}: synced before it is renamed", new)
+            common.check(not folders, f"{verb.name}: folders are synced before the next rename, to {os.path.basename(new)}", folders)
+            if os.path.basename(new) == "resume.pt":
+                common.check(not any(name.endswith("metrics.jsonl") for name in dirty), f"{verb.name}: the log is synced before resume.pt")
+            folders.add(os.path.dirname(new))
+    common.check(not folders, f"{verb.name}: all folders are synced at the end", folders)
+    last = [re.sub(r"\d+", "N", os.path.basename(p)) for p in places if not p.endswith("report.html")]
+    if verb.groups is None:
+        saves = last[1:] if verb.name == "train" else last
+        common.check(len(saves) % 3 == 0 and saves == ["N_cfg.json", "N.pt", "resume.pt"] * (len(saves) // 3), f"{verb.name}: cfg, weights, resume.pt", saves)
+    if verb.name == "convert":
+        common.check(last == ["out_cfg.json", "out.pt"], "convert: cfg, weights", last)
+    print(f"{verb.name}: {renames} renames in order", flush=True)
+
+
+def main():
+    p = common.parser(__doc__)
+    p.add_argument("--calls", default="write,fsync,rename,open,ftruncate,mkdir")
+    p.add_argument("--errors", default="ENOSPC,EIO,EINTR")
+    p.add_argument("--only", default="train,resume,convert,encode,report")
+    args = p.parse_args()
+    args.program = os.path.abspath(args.program)
+    dir = common.folder(args)
+    for old in dir.iterdir():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    library = dir / "faults.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, "-xc", "-", "-ldl"], input=LIBRARY, text=True, check=True)
+    for verb in verbs(args, dir):
+        if verb.name not in args.only.split(",") or not verb.ok:
+            continue
+        for call in args.calls.split(","):
+            for error in ["EAGAIN"] if call == "thread" else args.errors.split(","):
+                n, ends = 1, collections.Counter()
+                while True:
+                    work, status, said, injected = inject(args, verb, library, call, error, n)
+                    if not injected:
+                        break
+                    ends["went on" if status == 0 else "told"] += 1
+                    wrong = verb.judge(work, status, said)
+                    common.check(not wrong, f"{verb.name}: {call} {n} fails with {error}", f"{'; '.join(wrong)} [{said.strip()[-200:]}]")
+                    n += 1
+                if n > 1:
+                    print(f"{verb.name}: {call} {error}: {n - 1} tried, {dict(ends)}", flush=True)
+        if shutil.which("strace"):
+            order(args, verb, dir / "strace.log")
+        else:
+            print("not checked: strace is not installed, so the order of durability is not looked at")
+    common.end()
+
+
+main()
