@@ -186,20 +186,19 @@ pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -
         }
     }
     std::thread::scope(|scope| {
-        let touched: Vec<Receiver<&mut [u8]>> = shares
-            .into_iter()
-            .map(|share| {
-                let (sender, touched) = sync_channel(TOUCHED_BYTES / PIECE_BYTES);
-                // Sending fails where reading has failed.
-                scope.spawn(move || {
-                    share.into_iter().try_for_each(|piece| {
-                        piece.fill(0);
-                        sender.send(piece)
-                    })
-                });
-                touched
-            })
-            .collect();
+        let mut touched: Vec<Receiver<&mut [u8]>> = Vec::new();
+        for share in shares {
+            let (sender, receiver) = sync_channel(TOUCHED_BYTES / PIECE_BYTES);
+            touched.push(receiver);
+            let touch = move || {
+                share.into_iter().try_for_each(|piece| {
+                    piece.fill(0);
+                    sender.send(piece) // Fails where reading has failed.
+                })
+            };
+            let thread = std::thread::Builder::new().spawn_scoped(scope, touch);
+            thread.map_err(|e| Error::io("cannot start a thread", e))?;
+        }
         touched.iter().cycle().map_while(|touched| touched.recv().ok()).try_for_each(&mut take)
     })?;
     if at < end {
