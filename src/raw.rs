@@ -1,5 +1,6 @@
 //! Bytes in files and in memory: a cursor that cannot leave them, and blocks moved by way of one small buffer.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(
@@ -123,7 +124,10 @@ pub(crate) fn pump(
     wanted: &Range<u64>,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<u32> {
-    buffer.resize(PIECE_BYTES, 0);
+    let room = usize::try_from(all.end.saturating_sub(all.start)).unwrap_or(usize::MAX).min(PIECE_BYTES);
+    if buffer.len() < room {
+        buffer.resize(room, 0);
+    }
     let mut crc = Crc32::new();
     let (mut at, end) = (all.start, all.end);
     while at < end {
