@@ -3,6 +3,18 @@
 //! Order of durability: data to disk, rename, folder to disk. A crash, a full disk or a kill at any moment leaves the old
 //! file, or the new one; what may be left over is a temporary file, which [`remove_leftovers`] knows by its name.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

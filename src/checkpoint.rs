@@ -4,6 +4,18 @@
 //! Original: `create_save_dir`, `save`, `load`. Both files of a checkpoint are written and synced beside their places first;
 //! then the cfg is renamed, then the weights. A reader goes by the weights, so it finds a checkpoint whole or not at all.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::atomic;
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Cpu, Scalar, Shaped};
@@ -81,13 +93,13 @@ pub fn version_dir(base: &Path, version: usize) -> PathBuf {
 /// If it cannot be made.
 pub fn create_save_dir(base: &Path) -> Result<PathBuf> {
     atomic::create_folders(base)?;
-    let mut version = versions(base)?.last().map_or(0, |last| last + 1);
+    let mut version = versions(base)?.last().map_or(0, |last| last.saturating_add(1));
     loop {
         let dir = version_dir(base, version);
         match std::fs::create_dir(&dir) {
             Ok(()) => return atomic::sync_folder(&dir).map(|()| dir),
             // Another process was faster.
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => version += 1,
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => version = version.saturating_add(1),
             Err(e) => return Err(Error::io("cannot make the folder", e).in_file(&dir)),
         }
     }
@@ -244,6 +256,8 @@ impl<B: Backend> CrossCoder<B> {
     /// elements are fetched in pieces.
     pub(crate) fn sources_of<'a>(&'a self, p: &'a Parameters<B::Matrix>) -> [Source<'a, B>; 4] {
         let (h, m, d) = (self.d_hidden(), self.n_models(), self.d_in());
+        // A matrix has rows of this length in memory.
+        let row = m.saturating_mul(d);
         let source = |matrix, shape: &[usize], strides: &[usize]| Source {
             backend: &self.backend,
             matrix,
@@ -251,8 +265,8 @@ impl<B: Backend> CrossCoder<B> {
             strides: strides.to_vec(),
         };
         [
-            source(&p.w_enc, &[m, d, h], &[d, 1, m * d]),
-            source(&p.w_dec, &[h, m, d], &[m * d, d, 1]),
+            source(&p.w_enc, &[m, d, h], &[d, 1, row]),
+            source(&p.w_dec, &[h, m, d], &[row, d, 1]),
             source(&p.b_enc, &[h], &[1]),
             source(&p.b_dec, &[m, d], &[d, 1]),
         ]
@@ -336,11 +350,11 @@ impl<B: Backend> TensorSource for Source<'_, B> {
 
     fn le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let (rows, cols) = self.matrix.shape();
-        let (mut at, total) = (0, rows * cols);
+        let (mut at, total) = (0usize, rows.saturating_mul(cols));
         while at < total {
-            let mut piece = vec![B::Scalar::default(); SAVE_ELEMENTS.min(total - at)];
+            let mut piece = vec![B::Scalar::default(); SAVE_ELEMENTS.min(total.saturating_sub(at))];
             self.backend.download(self.matrix, at, &mut piece)?;
-            at += piece.len();
+            at = at.saturating_add(piece.len());
             let values = B::Scalar::wrap(piece).cast(self.backend.dtype())?;
             values.each_le_bytes(&mut *sink)?;
         }

@@ -1,5 +1,17 @@
 //! The original's cfg: a JSON object, every key kept in its place, also unknown ones, and written back as Python writes it.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use serde_json::{Map, Number, Value};
@@ -24,6 +36,7 @@ pub const DEFAULT_CFG: &str = concat!(
 
 impl Default for Config {
     /// The original's `default_cfg`, see [`DEFAULT_CFG`].
+    #[allow(clippy::expect_used)] // A constant, which a test reads.
     fn default() -> Self {
         Self::from_json(DEFAULT_CFG.as_bytes()).expect("DEFAULT_CFG is an object")
     }

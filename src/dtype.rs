@@ -1,5 +1,17 @@
 //! Element types, and the only function that rounds to them.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::error::{Error, Result};
 
 /// The type of a tensor's elements. `float32`, `float16` and `bfloat16` are those a crosscoder can have.
@@ -107,6 +119,7 @@ impl Dtype {
     ///
     /// # Panics
     /// For integers, which do not round.
+    #[allow(clippy::panic)] // As documented; no file's dtype comes here.
     pub fn unit_roundoff(self) -> f64 {
         match self {
             Dtype::F64 => f64::EPSILON / 2.0,
@@ -131,6 +144,7 @@ fn magnitude(v: f32) -> (u32, u32) {
 }
 
 #[inline(always)]
+#[allow(clippy::arithmetic_side_effects)] // `bits` is below 2^31: the sum fits.
 fn round_to_bf16(v: f32) -> f32 {
     let (bits, sign) = magnitude(v);
     // Half of the last place is added, less one if the place before is even; a carry into the exponent is right.
@@ -140,6 +154,7 @@ fn round_to_bf16(v: f32) -> f32 {
 }
 
 #[inline(always)]
+#[allow(clippy::arithmetic_side_effects)] // `bits` is below 2^31: the sum fits.
 fn round_to_f16(v: f32) -> f32 {
     const SMALLEST_NORMAL: u32 = 0x3880_0000; // 2^-14
     const OVERFLOW: u32 = 0x477F_F000; // 65520: halfway from the largest, 65504, to 2^16

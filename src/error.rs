@@ -1,5 +1,17 @@
 //! One error type: what was being done, where, what was needed and what was found.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use std::fmt;
 use std::path::Path;
 

@@ -3,6 +3,7 @@
 //! A file is recognised by its content; one whose name ends in `.pt`, `.pth`, `.safetensors` or `.npy` must also be that. Opening reads headers alone; tensors are then read whole, or in rows
 //! of their first dimension, so that activations larger than memory can be gone through.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(
@@ -216,6 +217,11 @@ impl TensorFile {
             Inner::Safetensors(file) => Some(file.read_rows(index, rows)),
             Inner::Npy(file) => Some(file.read_rows(rows)),
         })
+    }
+
+    /// Refuses to go on where a file has made its reader work far beyond its size, see [`PtFile::check_work`].
+    pub(crate) fn check_work(&self) -> Result<()> {
+        self.as_pt().map_or(Ok(()), PtFile::check_work)
     }
 
     /// The CRC-32 of its elements' little-endian bytes in row-major order.

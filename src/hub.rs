@@ -10,6 +10,7 @@
 //!
 //! Original: `CrossCoder.load_from_hf`, which calls `huggingface_hub.hf_hub_download`.
 
+#![forbid(unsafe_code)]
 #![deny(
     clippy::indexing_slicing,
     clippy::unwrap_used,

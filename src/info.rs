@@ -1,5 +1,6 @@
 //! `crosscoder info`: what is in a file, with a checksum for each tensor.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(

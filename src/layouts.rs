@@ -33,6 +33,18 @@
 //!
 //! The l1 term stays the original's, `Σ_m ‖W_dec[h,m]‖`, whatever code normalization a model was trained with.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::batch_topk::{self, BatchTopK, CODE_NORMALIZATION_KEY, CodeNormalization};
 use crate::config::Config;
@@ -208,7 +220,10 @@ impl<'a> Named<'a> {
 
     fn get(&mut self, name: &str) -> Result<Option<Tensor>> {
         let Some(index) = self.names.iter().position(|(known, _)| known == name) else { return Ok(None) };
-        self.names[index].1 = true;
+        if let Some((_, taken)) = self.names.get_mut(index) {
+            *taken = true;
+        }
+        self.file.check_work()?;
         self.file.read(index).map(Some)
     }
 
@@ -292,13 +307,15 @@ fn separate(tensors: &mut Named<'_>) -> Result<Parameters<Tensor>> {
 
 /// Tensors of one shape and type as one, a new dimension first.
 fn stack(kind: &str, parts: &[Tensor]) -> Result<Tensor> {
-    let first = &parts[0];
-    let mut values = Values::with_capacity(first.dtype(), parts.len() * first.len());
+    let first = parts.first().ok_or_else(|| Error::format(format!("there is no {kind}")))?;
     for part in parts {
         if (part.shape(), part.dtype()) != (first.shape(), first.dtype()) {
             let [a, b] = [first, part].map(|t| format!("{} {:?}", t.dtype(), t.shape()));
             return Err(Error::shape(format!("the models' {kind} differ: {a} and {b}")));
         }
+    }
+    let mut values = Values::try_with_capacity(first.dtype(), parts.len().saturating_mul(first.len()))?;
+    for part in parts {
         part.row_major_le_bytes(|bytes| {
             values.push_le_bytes(bytes);
             Ok::<(), Error>(())
@@ -545,7 +562,7 @@ impl Normalisation {
         }
         let (mean, std) = (mean.to_f64_vec(), std.to_f64_vec());
         let nans = mean.iter().chain(&std).filter(|v| v.is_nan()).count();
-        if nans == mean.len() + std.len() {
+        if nans == mean.len().saturating_add(std.len()) {
             return Ok(None);
         }
         if mean.iter().chain(&std).any(|v| !v.is_finite()) {
@@ -569,14 +586,15 @@ impl Normalisation {
                 // What they are made of. 1 stands for "normalise each neuron" too, which is saved nowhere.
                 let expected =
                     |std: &[f64]| rms.unwrap_or(1.0) / (std.iter().map(|v| v * v).sum::<f64>() + FORK_EPS).sqrt();
-                let of: Vec<f64> = std.chunks(if all { n * d_in } else { d_in }.max(1)).map(expected).collect();
+                let of: Vec<f64> =
+                    std.chunks(if all { n.saturating_mul(d_in) } else { d_in }.max(1)).map(expected).collect();
                 if scales.iter().all(|s| *s == 1.0) && of.iter().any(|s| (s - 1.0).abs() > 1e-3) {
                     return Err(Error::unsupported(format!(
                         "activation_global_scale is 1, activation_std gives {of:?}: whether each neuron is divided by its own \
                          deviation is not said in the file"
                     )));
                 }
-                Scale::PerModel(if all { vec![scales[0]; n] } else { scales })
+                Scale::PerModel(if all { scales.repeat(n) } else { scales })
             }
         };
         Ok(Some(Normalisation { mean, scale, d_in }))
@@ -591,7 +609,8 @@ impl Normalisation {
     }
 
     /// The weights that take x and reconstruct x, by the formulas of the module. W_enc [n, d_in, dict_size], W_dec
-    /// [dict_size, n, d_in]; the caller has checked the shapes.
+    /// [dict_size, n, d_in].
+    #[allow(clippy::indexing_slicing, clippy::arithmetic_side_effects)] // The caller has checked the shapes; no size is 0.
     fn fold(&self, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
         let (width, d_in) = (self.mean.len(), self.d_in);
         let (before, after): (Vec<f64>, Vec<f64>) = match &self.scale {

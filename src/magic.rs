@@ -1,5 +1,6 @@
 //! What a file is, by its first bytes.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(

@@ -12,6 +12,18 @@
 //!
 //! Its losses are no longer those of the training: squared errors and decoder norms are in the units of x.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::activations::Activations;
 use crate::autodiff::Parameters;
 use crate::batch_topk::BatchTopK;
@@ -19,7 +31,7 @@ use crate::buffer::HeldOut;
 use crate::config::Config;
 use crate::crosscoder::{checked_shape, model_name};
 use crate::error::{Error, Result};
-use crate::tensor::{Positions, Tensor, Values};
+use crate::tensor::{Positions, Tensor, Values, element_count};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -54,18 +66,18 @@ pub fn estimate(
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let n = acts.rows_per_piece().min(acts.rows() - at);
+        let n = acts.rows_per_piece().min(acts.rows().saturating_sub(at));
         acts.read_f32(at, n, &mut piece)?;
         for (i, row) in piece.chunks_exact(acts.width()).enumerate() {
-            if count == wanted || held_out.holds(at + i) {
+            if count == wanted || held_out.holds(at.saturating_add(i)) {
                 continue;
             }
             for (sum, x) in sums.iter_mut().zip(row.chunks_exact(acts.d_in())) {
                 *sum += x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
             }
-            count += 1;
+            count = count.saturating_add(1);
         }
-        at += n;
+        at = at.saturating_add(n);
     }
     let factor = |(m, sum): (usize, f64)| {
         let factor = (acts.d_in() as f64).sqrt() / (sum / count as f64);
@@ -80,7 +92,7 @@ pub fn estimate(
 
 /// `x[b,m,d] · factor[m]` in place; `rows` is row-major [batch, n_models, d_in] and `factors` has a factor per model.
 pub fn scale_rows(factors: &[f32], d_in: usize, rows: &mut [f32]) {
-    for row in rows.chunks_exact_mut(d_in * factors.len()) {
+    for row in rows.chunks_exact_mut(d_in.saturating_mul(factors.len())) {
         for (x, &factor) in row.chunks_exact_mut(d_in).zip(factors) {
             x.iter_mut().for_each(|v| *v *= factor);
         }
@@ -129,10 +141,10 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
         )));
     }
     let folded = Parameters {
-        w_enc: per_model(weights.w_enc, 0, |m, v| v * factors[m])?,
-        w_dec: per_model(weights.w_dec, 1, |m, v| v / factors[m])?,
+        w_enc: per_model("W_enc", weights.w_enc, 0, &factors, |v, factor| v * factor)?,
+        w_dec: per_model("W_dec", weights.w_dec, 1, &factors, |v, factor| v / factor)?,
         b_enc: weights.b_enc,
-        b_dec: per_model(weights.b_dec, 0, |m, v| v / factors[m])?,
+        b_dec: per_model("b_dec", weights.b_dec, 0, &factors, |v, factor| v / factor)?,
     };
     if let Some(batch_topk) = BatchTopK::from_cfg(cfg, n_models)? {
         batch_topk.for_divided_decoder(&factors).set_in(cfg);
@@ -142,13 +154,23 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
     Ok(folded)
 }
 
-/// `f(m, v)` for every element v, m its index in dimension `axis`; the layout stays.
-fn per_model(tensor: Tensor, axis: usize, f: impl Fn(usize, f64) -> f64) -> Result<Tensor> {
+/// `f(v, factors[m])` for every element v, m its index in dimension `axis`; the layout stays.
+fn per_model(name: &str, tensor: Tensor, axis: usize, factors: &[f64], f: impl Fn(f64, f64) -> f64) -> Result<Tensor> {
     let (shape, strides, dtype) = (tensor.shape().to_vec(), tensor.strides().to_vec(), tensor.dtype());
-    let inner: usize = shape[axis + 1..].iter().product();
+    let inner = match shape.get(axis..) {
+        Some([models, inner @ ..]) if *models == factors.len() => element_count(inner).unwrap_or(0),
+        _ => {
+            let what = format!("{name} has shape {shape:?}; its dimension {axis} needs size {}", factors.len());
+            return Err(Error::shape(what));
+        }
+    };
     let mut values = tensor.values().to_f64();
-    for (i, at) in Positions::new(&shape, &strides).enumerate() {
-        values[at] = f(i / inner % shape[axis], values[at]);
+    // In row-major order: each factor for `inner` elements, all over again for each index before `axis`.
+    let all = factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, inner)).cycle();
+    for (at, factor) in Positions::new(&shape, &strides).zip(all) {
+        if let Some(v) = values.get_mut(at) {
+            *v = f(*v, factor);
+        }
     }
     Tensor::with_strides(shape, strides, Values::F64(values).cast(dtype)?)
 }

@@ -4,6 +4,7 @@
 //! ml_dtypes saves it (`<V2`). Arrays in Fortran order are read without a copy, with the strides that say so. The header is
 //! taken by its grammar, never evaluated; object arrays (pickles) and structured types are refused.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(
@@ -18,7 +19,7 @@
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic;
-use crate::pt::TensorSource;
+use crate::pt::{TensorSource, is_row_major};
 use crate::raw::{Block, length, read_at};
 use crate::tensor::{Tensor, element_count, row_major_strides};
 use std::io::{Read, Seek, Write};
@@ -47,7 +48,6 @@ pub struct NpyFile<R> {
     reader: R,
     shape: Vec<usize>,
     strides: Vec<usize>,
-    fortran: bool,
     block: Block,
 }
 
@@ -110,7 +110,7 @@ impl<R: Read + Seek> NpyFile<R> {
                 strides
             }
         };
-        Ok(NpyFile { reader, shape, strides, fortran, block: Block { dtype, at: data_at, elements } })
+        Ok(NpyFile { reader, shape, strides, block: Block { dtype, at: data_at, elements } })
     }
 
     /// The elements' type.
@@ -140,9 +140,9 @@ impl<R: Read + Seek> NpyFile<R> {
     /// Rows `rows` of the first dimension, by reading just their bytes.
     ///
     /// # Errors
-    /// Rows that the array does not have; Fortran order, where a row is scattered over the file.
+    /// Rows that the array does not have; Fortran order where it scatters a row over the file.
     pub fn read_rows(&mut self, rows: Range<usize>) -> Result<Tensor> {
-        if self.fortran && self.shape.len() > 1 {
+        if !is_row_major(&self.shape, &self.strides) {
             return Err(Error::unsupported("rows of an array in Fortran order; save it in C order"));
         }
         let refuse = || Error::shape(format!("rows {rows:?} of an array of shape {:?}", self.shape));
@@ -158,7 +158,7 @@ impl<R: Read + Seek> NpyFile<R> {
     /// # Errors
     /// A file that has changed.
     pub fn crc32(&mut self) -> Result<u32> {
-        if crate::pt::is_row_major(&self.shape, &self.strides) {
+        if is_row_major(&self.shape, &self.strides) {
             return self.block.stream(&mut self.reader, &mut |_| Ok(()));
         }
         let mut crc = crc32fast::Hasher::new();

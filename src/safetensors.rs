@@ -4,6 +4,7 @@
 //! twice. Names are unique, ranges cover the data without holes or overlaps to the last byte, and each is as long as its
 //! shape needs.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(

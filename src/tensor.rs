@@ -4,6 +4,18 @@
 //! crosscoder needs (`W_enc` lies transposed in files and stays so in memory, uncopied); general views with holes or
 //! overlaps exist in files only and are gathered when read.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use half::{bf16, f16};
@@ -126,6 +138,7 @@ macro_rules! values {
             ///
             /// # Panics
             /// If a position lies outside.
+            #[allow(clippy::indexing_slicing)] // As documented; a reader has compared the last position with its storage.
             pub fn gather_le_bytes(&self, positions: impl Iterator<Item = usize>, out: &mut Vec<u8>) {
                 match self {
                     $(Values::$variant(v) => positions.for_each(|at| out.extend(($to)(v[at]))),)*
@@ -136,6 +149,7 @@ macro_rules! values {
             ///
             /// # Panics
             /// If a position lies outside.
+            #[allow(clippy::indexing_slicing)] // As above.
             pub fn gather(&self, positions: impl Iterator<Item = usize>) -> Self {
                 match self {
                     $(Values::$variant(v) => Values::$variant(positions.map(|at| v[at]).collect()),)*
@@ -182,7 +196,7 @@ impl Values {
             return self.memory().chunks(PIECE_BYTES).try_for_each(sink);
         }
         let mut bytes = Vec::with_capacity(PIECE_BYTES);
-        let piece = PIECE_BYTES / self.dtype().size_bytes();
+        let piece = piece_elements(self.dtype());
         for at in (0..self.len()).step_by(piece) {
             bytes.clear();
             self.le_bytes(at, piece, &mut bytes);
@@ -249,6 +263,11 @@ impl Values {
     }
 }
 
+/// The elements of a piece. No size is 0.
+fn piece_elements(dtype: Dtype) -> usize {
+    PIECE_BYTES.checked_div(dtype.size_bytes()).unwrap_or(PIECE_BYTES)
+}
+
 /// The number of elements of a shape, or none if it passes `usize`.
 pub fn element_count(shape: &[usize]) -> Option<usize> {
     // A zero anywhere makes the tensor empty, however large the other sizes are.
@@ -261,8 +280,10 @@ pub fn element_count(shape: &[usize]) -> Option<usize> {
 /// The strides of a tensor that lies in row-major order, in elements, as PyTorch counts them (a size of 0 counts as 1).
 pub fn row_major_strides(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1usize; shape.len()];
-    for i in (1..shape.len()).rev() {
-        strides[i - 1] = strides[i].saturating_mul(shape[i].max(1));
+    let mut next = 1usize;
+    for (stride, &size) in strides.iter_mut().zip(shape).rev() {
+        *stride = next;
+        next = next.saturating_mul(size.max(1));
     }
     strides
 }
@@ -338,7 +359,8 @@ impl Tensor {
     /// Whether the elements lie in row-major order.
     pub fn is_row_major(&self) -> bool {
         let row_major = row_major_strides(&self.shape);
-        self.is_empty() || self.shape.iter().enumerate().all(|(d, &size)| size == 1 || self.strides[d] == row_major[d])
+        let mut dims = self.shape.iter().zip(&self.strides).zip(&row_major);
+        self.is_empty() || dims.all(|((&size, stride), needed)| size == 1 || stride == needed)
     }
 
     /// The same tensor lying in row-major order; a copy only if it does not already.
@@ -356,6 +378,7 @@ impl Tensor {
     ///
     /// # Panics
     /// If `axes` is not a permutation of the dimensions.
+    #[allow(clippy::indexing_slicing)] // As documented: `axes` comes from code, never from a file.
     pub fn permuted(self, axes: &[usize]) -> Self {
         let mut seen = axes.to_vec();
         seen.sort_unstable();
@@ -391,7 +414,7 @@ impl Tensor {
         let mut positions = Positions::new(&self.shape, &self.strides);
         loop {
             bytes.clear();
-            self.values.gather_le_bytes(positions.by_ref().take(PIECE_BYTES / self.dtype().size_bytes()), &mut bytes);
+            self.values.gather_le_bytes(positions.by_ref().take(piece_elements(self.dtype())), &mut bytes);
             if bytes.is_empty() {
                 return Ok(());
             }
@@ -435,6 +458,7 @@ impl<'a> Positions<'a> {
     ///
     /// # Panics
     /// If shape and strides differ in length or the shape has more elements than `usize` counts.
+    #[allow(clippy::expect_used)] // As documented; a reader has counted the elements.
     pub fn new(shape: &'a [usize], strides: &'a [usize]) -> Self {
         assert_eq!(shape.len(), strides.len(), "as many strides as sizes");
         let left = element_count(shape).expect("the caller has counted the elements");
@@ -448,14 +472,16 @@ impl Iterator for Positions<'_> {
     fn next(&mut self) -> Option<usize> {
         self.left = self.left.checked_sub(1)?;
         let at = self.at;
-        for d in (0..self.shape.len()).rev() {
-            self.index[d] += 1;
-            if self.index[d] < self.shape[d] {
-                self.at += self.strides[d];
+        for ((index, &size), &stride) in self.index.iter_mut().zip(self.shape).zip(self.strides).rev() {
+            let next = index.saturating_add(1);
+            if next < size {
+                *index = next;
+                self.at = self.at.saturating_add(stride);
                 break;
             }
-            self.at -= self.strides[d] * (self.shape[d] - 1);
-            self.index[d] = 0;
+            // Back to the dimension's first: `index` is its last.
+            self.at = self.at.saturating_sub(stride.saturating_mul(*index));
+            *index = 0;
         }
         Some(at)
     }

@@ -2,7 +2,8 @@
 
 mod common;
 use common::*;
-use crosscoder::pt::{PathPart, PtFile, Value};
+use crosscoder::files::TensorFile;
+use crosscoder::pt::{PathPart, PtFile, Save, Value, Writer};
 use std::io::Cursor;
 
 fn open(pickle: &[u8]) -> crosscoder::Result<PtFile<Cursor<Vec<u8>>>> {
@@ -764,6 +765,89 @@ impl WideOffset for Vec<u8> {
         let wide: &[u8] = b"\x8a\x09\0\0\0\0\0\0\0\0\x01";
         [&self[..at], wide, &self[at + zero.len()..]].concat()
     }
+}
+
+#[test]
+fn keys_of_every_kind_are_spelled() {
+    let half = [&b"G"[..], &1.5f64.to_be_bytes()].concat();
+    let entries: [(&[u8], &str); 9] = [
+        (b"N", "None"),
+        (b"\x88", "True"),
+        (b"\x89", "False"),
+        (&half, "1.5"),
+        (b"\x8a\x09\0\0\0\0\0\0\0\0\x01", "18446744073709551616"),
+        (b"C\x02a\xff", "b'a\\xff'"),
+        (b"ctorch\nfloat16\n", "float16"),
+        (b"K\x07\x85", "(7,)"),
+        (b"X\x01\0\0\0aN\x88\x87", "('a', None, True)"),
+    ];
+    for (key, spelling) in entries {
+        let file = open(&root(&cat(&[b"}", key, &w(), b"s"]))).unwrap();
+        assert_eq!(file.tensors()[0].path, [PathPart::from(spelling)]);
+    }
+    // 33 bytes are too long to be spelled.
+    let file = open(&root(&cat(&[b"}\x8a\x21", &[1; 33], &w(), b"s"]))).unwrap();
+    assert_eq!(file.tensors()[0].path, [PathPart::from("an int")]);
+}
+
+#[test]
+fn containers_say_how_many_they_hold() {
+    value(b"](K\x01K\x02K\x03e", |list| {
+        let Value::List(items) = list else { panic!("{list:?}") };
+        assert_eq!((items.len(), items.is_empty(), format!("{items:?}").as_str()), (3, false, "[3 items]"));
+    });
+    value(b"}(K\x01NK\x02Nu", |dict| {
+        let Value::Dict(entries) = dict else { panic!("{dict:?}") };
+        assert_eq!((entries.len(), entries.is_empty(), format!("{entries:?}").as_str()), (2, false, "{2 entries}"));
+    });
+    value(b"]", |list| assert!(matches!(list, Value::List(items) if items.is_empty() && items.len() == 0)));
+    value(b"}", |dict| assert!(matches!(dict, Value::Dict(entries) if entries.is_empty())));
+}
+
+/// As CPython's pickler writes them in protocol 2.
+#[test]
+fn integers_are_written_as_by_python() {
+    let cases: [(i64, &[u8]); 11] = [
+        (255, b"K\xff"),
+        (256, b"M\0\x01"),
+        (65535, b"M\xff\xff"),
+        (65536, b"J\0\0\x01\0"),
+        (-1, b"J\xff\xff\xff\xff"),
+        ((1 << 31) - 1, b"J\xff\xff\xff\x7f"),
+        (1 << 31, b"\x8a\x05\0\0\0\x80\0"),
+        (-(1 << 31) - 1, b"\x8a\x05\xff\xff\xff\x7f\xff"),
+        (-(1 << 39), b"\x8a\x05\0\0\0\0\x80"),
+        (i64::MAX, b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f"),
+        (i64::MIN, b"\x8a\x08\0\0\0\0\0\0\0\x80"),
+    ];
+    for (n, code) in cases {
+        let file = Writer::new(Vec::new(), "a").unwrap().save(&Save::Int(n)).unwrap();
+        let pickle = cat(&[b"\x80\x02", code, b"."]);
+        assert!(file.windows(pickle.len()).any(|w| w == pickle), "{n}");
+    }
+}
+
+/// Many views of one record that has to be unpacked for each.
+#[test]
+fn work_far_beyond_the_file_is_refused() {
+    const BYTES: usize = 4 << 20;
+    let views: Vec<Vec<u8>> = (0..80)
+        .map(|i| {
+            cat(&[&s(&format!("{i}")), &rebuild(&storage("FloatStorage", "0", (BYTES / 4) as i64), i, &[4], &[1])])
+        })
+        .collect();
+    let pickle = root(&cat(&[b"}(", &views.concat(), b"u"]));
+    let path = std::env::temp_dir().join(format!("crosscoder-work-{}.pt", std::process::id()));
+    let checksums = |data: Record| {
+        std::fs::write(&path, zip(&[record("a/data.pkl", &pickle), data], |_| {})).unwrap();
+        let mut file = TensorFile::open(&path).unwrap();
+        (0..80).map(|i| file.crc32(i)).collect::<crosscoder::Result<Vec<_>>>()
+    };
+    let data = record("a/data/0", &vec![0; BYTES]);
+    assert_eq!(checksums(data.clone()).unwrap().len(), 80);
+    let refused = checksums(data.deflated()).unwrap_err();
+    assert!(refused.to_string().contains("bytes were read for the tensors so far"), "{refused}");
+    std::fs::remove_file(path).unwrap();
 }
 
 #[test]

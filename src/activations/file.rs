@@ -79,7 +79,7 @@ impl RowFile {
             Some(file) => file,
             closed => closed.insert(TensorFile::open(&self.path)?),
         };
-        let rows = file.read_rows(0, at..at + count)?;
+        let rows = file.read_rows(0, at..at.saturating_add(count))?;
         rows.row_major_le_bytes(|bytes| {
             out.extend_from_slice(bytes);
             Ok::<_, Error>(())

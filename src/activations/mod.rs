@@ -4,6 +4,18 @@
 //! [n, n_models, d_in], or one file [n, d_in] for each model. Rows are handed out as little-endian bytes in the set's
 //! dtype, row-major. Files are read, never mapped: one that is truncated or changed while it is read is an error.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::crosscoder::model_name;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -77,21 +89,26 @@ impl Activations {
         let flat = opened.iter().filter(|f| f.shape().len() == 2).count();
         let parts = match (flat, opened.len()) {
             (0, _) => {
-                let part = |f: RowFile| {
-                    (f.name(), f.shape()[0], kind_of(&f, f.shape()[1], f.shape()[2]), Source::Files(vec![f]))
+                let part = |f: RowFile| match *f.shape() {
+                    [rows, n_models, d_in] => Ok((f.name(), rows, kind_of(&f, n_models, d_in), Source::Files(vec![f]))),
+                    _ => Err(Error::shape(format!("has shape {:?}", f.shape())).at(f.name())),
                 };
-                opened.into_iter().map(part).collect()
+                opened.into_iter().map(part).collect::<Result<_>>()?
             }
             (flat, n_models) if flat == n_models && n_models > 1 => {
-                let a = &opened[0];
+                let Some((a, [rows, d_in])) =
+                    opened.first().and_then(|a| Some((a, <[usize; 2]>::try_from(a.shape()).ok()?)))
+                else {
+                    return Err(Error::usage("no activations: no file given"));
+                };
                 if let Some(b) = opened.iter().find(|b| (a.shape(), a.dtype()) != (b.shape(), b.dtype())) {
                     let [one, other] = [a, b].map(|f| format!("{} {:?}", f.dtype(), f.shape()));
                     return Err(Error::shape(format!("one model's is {one}, another's {other}; they must be equal"))
                         .at(format!("{} and {}", a.name(), b.name())));
                 }
                 let name = opened.iter().map(RowFile::name).collect::<Vec<_>>().join(" and ");
-                let kind = kind_of(a, n_models, a.shape()[1]);
-                vec![(name, a.shape()[0], kind, Source::Files(std::mem::take(&mut opened)))]
+                let kind = kind_of(a, n_models, d_in);
+                vec![(name, rows, kind, Source::Files(std::mem::take(&mut opened)))]
             }
             _ => {
                 let odd = opened.iter().find(|f| f.shape().len() == 2);
@@ -115,7 +132,7 @@ impl Activations {
             return Err(Error::shape(what).at(name));
         };
         let dtype = tensor.dtype();
-        let mut bytes = Vec::with_capacity(tensor.len() * dtype.size_bytes());
+        let mut bytes = Vec::with_capacity(tensor.len().saturating_mul(dtype.size_bytes()));
         tensor.row_major_le_bytes(|piece| {
             bytes.extend_from_slice(piece);
             Ok::<_, Error>(())
@@ -124,7 +141,8 @@ impl Activations {
     }
 
     fn of_parts(found: Vec<(String, usize, Kind, Source)>) -> Result<Self> {
-        let (first_name, kind) = (found[0].0.clone(), found[0].2);
+        let first = found.first().ok_or_else(|| Error::usage("no activations"))?;
+        let (first_name, kind) = (first.0.clone(), first.2);
         let (mut parts, mut total) = (Vec::new(), 0usize);
         for (name, rows, other, source) in found {
             if other != kind {
@@ -169,23 +187,24 @@ impl Activations {
 
     /// Values in a row, `n_models · d_in`.
     pub fn width(&self) -> usize {
-        self.n_models * self.d_in
+        // A row is in memory or in a file: neither product overflows.
+        self.n_models.saturating_mul(self.d_in)
     }
 
     /// Bytes of a row as it is handed out.
     pub fn row_bytes(&self) -> usize {
-        self.width() * self.dtype.size_bytes()
+        self.width().saturating_mul(self.dtype.size_bytes())
     }
 
     /// How many rows to read at a time: some megabytes.
     pub fn rows_per_piece(&self) -> usize {
-        (PIECE_BYTES / self.row_bytes()).max(1)
+        PIECE_BYTES.checked_div(self.row_bytes()).unwrap_or(1).max(1)
     }
 
     /// Where a row of the set lies: the file's name and the row in it.
     pub fn place(&self, row: usize) -> String {
-        match self.part_of(row).map(|i| &self.parts[i]) {
-            Some(part) => format!("{}, row {}", part.name, row - part.first),
+        match self.part_of(row).and_then(|i| self.parts.get(i)) {
+            Some(part) => format!("{}, row {}", part.name, row.saturating_sub(part.first)),
             None => format!("row {row}"),
         }
     }
@@ -193,7 +212,9 @@ impl Activations {
     /// The position of the part that holds a row.
     fn part_of(&self, row: usize) -> Option<usize> {
         let after = self.parts.partition_point(|part| part.first <= row);
-        after.checked_sub(1).filter(|&i| row - self.parts[i].first < self.parts[i].rows)
+        let index = after.checked_sub(1)?;
+        let part = self.parts.get(index)?;
+        (row.checked_sub(part.first)? < part.rows).then_some(index)
     }
 
     /// The bytes of `count` rows from row `at` on, in `out` instead of what it held.
@@ -205,18 +226,19 @@ impl Activations {
         if at.checked_add(count).is_none_or(|end| end > self.rows) {
             return Err(Error::shape(format!("rows {at}..{at}+{count} asked of a set of {}", self.rows)));
         }
-        out.reserve(count * self.row_bytes());
-        let (mut row, end) = (at, at + count);
+        out.reserve(count.saturating_mul(self.row_bytes()));
+        let (mut row, end) = (at, at.saturating_add(count));
         while row < end {
-            let index = self.part_of(row).ok_or_else(|| Error::shape(format!("no part holds row {row}")))?;
-            let part = &self.parts[index];
+            let found = self.part_of(row).and_then(|index| Some((index, self.parts.get(index)?)));
+            let (index, part) = found.ok_or_else(|| Error::shape(format!("no part holds row {row}")))?;
             let last = std::mem::replace(&mut *self.last.lock().unwrap_or_else(PoisonError::into_inner), index);
             if last != index {
-                self.parts[last].close();
+                self.parts.get(last).into_iter().for_each(Part::close);
             }
-            let n = (end - row).min(part.first + part.rows - row);
-            part.read(row - part.first, n, self.row_bytes(), out).map_err(|e| e.at(&part.name))?;
-            row += n;
+            let from = row.saturating_sub(part.first);
+            let n = end.saturating_sub(row).min(part.rows.saturating_sub(from));
+            part.read(from, n, self.row_bytes(), out).map_err(|e| e.at(&part.name))?;
+            row = row.saturating_add(n);
         }
         if self.check {
             self.check_finite(at, out)?;
@@ -238,11 +260,16 @@ impl Activations {
 
     fn check_finite(&self, at: usize, bytes: &[u8]) -> Result<()> {
         let Some(index) = first_not_finite(self.dtype, bytes) else { return Ok(()) };
-        let (row, col) = (at + index / self.width(), index % self.width());
+        // The number `index` in base width, and its last digit in base d_in; neither is 0.
+        let digits = |n: usize, base: usize| (n.checked_div(base).unwrap_or(0), n.checked_rem(base).unwrap_or(0));
+        let (row, col) = digits(index, self.width());
+        let (model, element) = digits(col, self.d_in);
         let mut value = Vec::new();
-        append_f32(self.dtype, &bytes[index * self.dtype.size_bytes()..][..self.dtype.size_bytes()], &mut value);
-        let model = model_name(col / self.d_in, self.n_models);
-        let what = format!("model {model}, element {}: {} is not finite", col % self.d_in, value[0]);
+        let size = self.dtype.size_bytes();
+        append_f32(self.dtype, bytes.chunks_exact(size).nth(index).unwrap_or_default(), &mut value);
+        let (model, value) = (model_name(model, self.n_models), value.first().copied().unwrap_or(f32::NAN));
+        let what = format!("model {model}, element {element}: {value} is not finite");
+        let row = at.saturating_add(row);
         Err(Error::new(ErrorKind::NonFinite, what).at(self.place(row)))
     }
 }
@@ -256,16 +283,20 @@ impl Part {
 
     fn read(&self, at: usize, count: usize, row_bytes: usize, out: &mut Vec<u8>) -> Result<()> {
         match &self.source {
-            Source::Memory(bytes) => out.extend_from_slice(&bytes[at * row_bytes..(at + count) * row_bytes]),
-            Source::Files(files) if files.len() == 1 => files[0].read(at, count, out)?,
+            Source::Memory(bytes) => {
+                let range = at.saturating_mul(row_bytes)..at.saturating_add(count).saturating_mul(row_bytes);
+                out.extend_from_slice(bytes.get(range).ok_or_else(|| Error::shape("these rows are not there"))?);
+            }
+            Source::Files(files) if let [one] = &files[..] => one.read(at, count, out)?,
             Source::Files(files) => {
-                let piece = row_bytes / files.len();
+                let piece = row_bytes.checked_div(files.len()).unwrap_or(0);
                 let mut rows: Vec<Vec<u8>> = vec![Vec::new(); files.len()];
                 for (rows, file) in rows.iter_mut().zip(files) {
                     file.read(at, count, rows)?;
                 }
-                for i in 0..count {
-                    rows.iter().for_each(|rows| out.extend_from_slice(&rows[i * piece..(i + 1) * piece]));
+                let mut rows: Vec<_> = rows.iter().map(|rows| rows.chunks_exact(piece.max(1))).collect();
+                for _ in 0..count {
+                    rows.iter_mut().filter_map(Iterator::next).for_each(|row| out.extend_from_slice(row));
                 }
             }
         }
@@ -282,7 +313,7 @@ fn check_shape(shape: &[usize], dtype: Dtype) -> Result<()> {
     if !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
         return Err(Error::unsupported(format!("has dtype {dtype}; activations are floats")));
     }
-    if !matches!(shape.len(), 2 | 3) || shape[1..].contains(&0) {
+    if !matches!(shape.len(), 2 | 3) || shape.iter().skip(1).any(|&size| size == 0) {
         let what = format!("has shape {shape:?}; activations are [n, n_models, d_in], or [n, d_in] for each model");
         return Err(Error::shape(what));
     }
@@ -309,7 +340,7 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// Appends the elements that `bytes` holds as float32.
 pub(crate) fn append_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
-    let mut values = Values::with_capacity(dtype, bytes.len() / dtype.size_bytes());
+    let mut values = Values::with_capacity(dtype, bytes.len().checked_div(dtype.size_bytes()).unwrap_or(0));
     values.push_le_bytes(bytes);
     match values {
         Values::F32(v) if out.is_empty() => *out = v,
@@ -321,7 +352,9 @@ pub(crate) fn append_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
 fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     // The high bytes of an element hold its sign and exponent.
     let high = |size: usize, mask: u16| {
-        bytes.chunks_exact(size).position(|e| u16::from_le_bytes([e[size - 2], e[size - 1]]) & mask == mask)
+        bytes
+            .chunks_exact(size)
+            .position(|e| e.last_chunk().is_some_and(|&high| u16::from_le_bytes(high) & mask == mask))
     };
     match dtype {
         Dtype::F16 => high(2, 0x7c00),

@@ -8,6 +8,7 @@
 //! Left out: what `torch.save` wrote before release 1.6, TorchScript, sparse and quantized tensors, complex numbers. Nothing
 //! in a file is ever called: see [`pickle`](self) for what is understood.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(

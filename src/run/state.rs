@@ -5,6 +5,18 @@
 //! was stopped between regular checkpoints, `buffer.rows` the set's row at each position
 //! of the shuffle buffer, `rng.words` the generator. The rows themselves are not saved; they are read again.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::activations::Activations;
 use crate::atomic;
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
@@ -66,7 +78,9 @@ impl Data {
         const ROWS: usize = 64;
         let (mut hash, mut bytes) = (0xcbf2_9ce4_8422_2325u64, Vec::new());
         for i in 0..ROWS.min(acts.rows()) {
-            let row = i * (acts.rows() - 1) / (ROWS.min(acts.rows()) - 1).max(1);
+            // The first and the last row, and others at equal distances.
+            let (last, gaps) = (acts.rows().saturating_sub(1), ROWS.min(acts.rows()).saturating_sub(1));
+            let row = i.saturating_mul(last).checked_div(gaps).unwrap_or(0);
             acts.read(row, 1, &mut bytes)?;
             hash = bytes.iter().fold(hash, |hash, &b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         }
@@ -109,6 +123,7 @@ impl State {
     }
 
     /// Writes the state with what the trainer has, in the order of [`PARAMETER_NAMES`] each; whole or not at all.
+    #[allow(clippy::indexing_slicing)] // Of a JSON object: a key that is not there is made.
     pub(super) fn write(&self, path: &Path, sources: Option<Sources<'_>>) -> Result<()> {
         let mut meta = json!({
             "format": 1,
@@ -153,6 +168,7 @@ impl State {
         Self::from_tensors(tensors).map_err(|e| e.in_file(path))
     }
 
+    #[allow(clippy::indexing_slicing)] // Of a JSON value that is only read: what is not there is null.
     fn from_tensors(mut tensors: BTreeMap<String, Tensor>) -> Result<Self> {
         let damaged = |what: &str| Error::format(format!("is no state of a run: {what}"));
         let meta = match tensors.remove("meta").map(Tensor::into_values) {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fuzzes one target under libFuzzer, on a stable toolchain: `tests/fuzz/run.sh TARGET SECONDS [more of libFuzzer's options]`.
-# Targets: pt, pickle, npy, safetensors, cfg. Needs a C++ compiler, which builds libFuzzer. What is found lies in artifacts/.
+# Targets: pt, pickle, npy, safetensors, cfg, checkpoint. Needs a C++ compiler, which builds libFuzzer. What is found lies in artifacts/.
 set -euo pipefail
 cd "$(dirname "$0")"
 target=$1 seconds=$2
@@ -10,6 +10,7 @@ export RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
   -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
   -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing"
 # With --target the flags are not those of build scripts.
+# The file that the target `checkpoint` writes is best in memory: TMPDIR=/dev/shm.
 host=$(rustc -vV | sed -n 's/^host: //p')
 cargo build --release --target "$host"
 program=target/$host/release/crosscoder-fuzz

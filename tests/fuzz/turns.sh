@@ -14,10 +14,10 @@ while :; do
     CROSSCODER_FUZZ=seeds:$target:corpus/$target "$program" 2>/dev/null
     log=turn-$target-$$.log
     { time CROSSCODER_FUZZ=$target "$program" "corpus/$target" -max_total_time="$seconds" -timeout="${CROSSCODER_FUZZ_TIMEOUT:-5}" -rss_limit_mb=1024 \
-      -artifact_prefix="artifacts/$target/" -max_len=65536 -print_final_stats=1 >/dev/null 2>"$log" || true; } 2>"$log.cpu"
+      -artifact_prefix="artifacts/$target/" -max_len=8192 -print_final_stats=1 >/dev/null 2>"$log" || true; } 2>"$log.cpu"
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
     cpu=$(awk '/^cpu/ {print $2 + $3}' "$log.cpu")
-    reached=$(grep -aoE 'cov: [0-9]+ ft: [0-9]+' "$log" | tail -1 | awk '{print $2 "\t" $4}')
+    reached=$(grep -aoE 'cov: [0-9]+ ft: [0-9]+' "$log" | tail -1 | awk '{print $2 "\t" $4}' || true)
     files=$(find "corpus/$target" -type f | wc -l)
     findings=$(find "artifacts/$target" -type f | wc -l)
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$target" "$executions" "$cpu" "$reached" "$files" "$findings" >>turns.tsv

@@ -9,21 +9,29 @@
 //! `run.sh` runs them under libFuzzer, `tests/fuzz.rs` for a bounded number of seeded mutants.
 
 use crate::counting::{Used, measure};
-use crosscoder::config::Config;
+use crosscoder::autodiff::{PARAMETER_NAMES, Parameters};
+use crosscoder::backend::Cpu;
 use crosscoder::error::Result;
+use crosscoder::files::{TensorFile, TensorInfo};
 use crosscoder::npy::{self, NpyFile};
-use crosscoder::pt::{PathPart, PtFile, Save, TensorSource, Value, Writer};
+use crosscoder::pt::{self, PathPart, PtFile, Save, TensorSource, Value, Writer};
 use crosscoder::safetensors::{self, SafetensorsFile};
-use crosscoder::tensor::Tensor;
-use crosscoder::{Dtype, Error};
+use crosscoder::tensor::{Tensor, element_count};
+use crosscoder::{Config, CrossCoder, Dtype, Error, layouts, normalisation};
 use std::collections::HashMap;
 use std::io::Cursor;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 /// The targets by name.
-pub(crate) const ALL: [(&str, fn(&[u8])); 5] =
-    [("pt", pt), ("pickle", pickle), ("npy", npy), ("safetensors", safetensors), ("cfg", cfg)];
+pub(crate) const ALL: [(&str, fn(&[u8])); 6] = [
+    ("pt", pt),
+    ("pickle", pickle),
+    ("npy", npy),
+    ("safetensors", safetensors),
+    ("cfg", cfg),
+    ("checkpoint", checkpoint),
+];
 
 /// A reader's buffer and the like, whatever the file's length.
 const FIXED_BYTES: usize = 64 << 10;
@@ -132,10 +140,7 @@ pub(crate) fn npy(data: &[u8]) {
     if let Some(&rows) = whole.shape().first()
         && whole.is_row_major()
     {
-        // An array of one row lies in either order; in Fortran order its rows are refused.
-        if rows < 2 || file.read_rows(0..1).is_ok() {
-            check_rows(&whole, rows, |range| file.read_rows(range));
-        }
+        check_rows(&whole, rows, |range| file.read_rows(range));
     }
     let written = npy::write(Vec::new(), &whole).expect("what was read can be written");
     let mut again = NpyFile::new(Cursor::new(&written[..])).expect("what we write is accepted");
@@ -233,6 +238,59 @@ fn written_as_read(cfg: &Config) {
     assert_eq!(&again, cfg);
     assert_eq!(again.to_json(), text);
     assert!(text.is_ascii(), "{text:?}");
+}
+
+/// A checkpoint in whatever layout: a cfg, a NUL, and the weights, in any of the formats.
+pub(crate) fn checkpoint(data: &[u8]) {
+    thread_local! {
+        /// A file of this thread's own: the reader takes a path.
+        static PATH: PathBuf = std::env::temp_dir().join(format!(
+            "crosscoder-fuzz-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
+    }
+    let Some(at) = data.iter().position(|&b| b == 0) else { return };
+    let Ok(cfg) = Config::from_json(&data[..at]) else { return };
+    let path = PATH.with(PathBuf::clone);
+    let mut weights = data[at + 1..].to_vec();
+    without_checksums(&mut weights);
+    std::fs::write(&path, &weights).expect("the folder for temporary files can be written to");
+    let Ok(mut file) = TensorFile::open(&path) else { return };
+    let size = |t: &TensorInfo| element_count(&t.shape).map_or(usize::MAX, |n| n.saturating_mul(t.dtype.size_bytes()));
+    let bytes = file.tensors().iter().fold(0usize, |n, t| n.saturating_add(size(t)));
+    if bytes > READ_BYTES {
+        return;
+    }
+    let (read, used) = measure(|| layouts::read(&mut file, cfg, Path::new("cfg.json")));
+    bounded(used, data.len() + bytes + PIECE_BYTES, 64);
+    let (mut cfg, weights) = match read {
+        Ok(read) => read,
+        Err(e) => return drop(explained(e)),
+    };
+    written_as_read(&cfg);
+    let file_of = |weights: &Parameters<Tensor>| {
+        let [a, b, c, d] = weights.each().map(|t| t as &dyn TensorSource);
+        let [w_enc, w_dec, b_enc, b_dec] = PARAMETER_NAMES;
+        let named = [(w_enc, a), (w_dec, b), (b_enc, c), (b_dec, d)];
+        pt::write_state_dict(Vec::new(), "0", &named).expect("what was read can be written")
+    };
+    let written = file_of(&weights);
+    let mut again = PtFile::new(Cursor::new(&written[..])).expect("what we write is accepted");
+    let tensors = again.tensors().to_vec();
+    assert_eq!(tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), PARAMETER_NAMES);
+    for (entry, whole) in tensors.iter().zip(weights.each()) {
+        same_elements(whole, &again.read(&entry.tensor).expect("what we write is read"));
+    }
+    let (folded_cfg, folded) = (cfg.clone(), weights.clone());
+    if let Err(e) = CrossCoder::from_tensors(Cpu::<f32>::new(Dtype::F32), cfg.clone(), weights) {
+        explained(e);
+    }
+    cfg = folded_cfg;
+    match normalisation::fold(&mut cfg, folded) {
+        Ok(folded) => drop((file_of(&folded), written_as_read(&cfg))),
+        Err(e) => drop(explained(e)),
+    }
 }
 
 #[track_caller]
@@ -492,39 +550,47 @@ fn pickle_in(file: &[u8]) -> Option<&[u8]> {
     })
 }
 
-/// The seeds of a target: what lies under `fixtures` for it, in the order of the names, none longer than `longest`.
+/// The seeds of a target: what lies under `fixtures` for it, none longer than `longest`, in order.
 pub(crate) fn seeds(target: &str, fixtures: &Path, longest: usize) -> Vec<Vec<u8>> {
     let endings: &[&str] = match target {
         "pt" | "pickle" => &["pt"],
         "npy" => &["npy"],
         "safetensors" => &["safetensors"],
+        "checkpoint" => &["checkpoint", "pt", "safetensors"],
         _ => &["json"],
     };
-    let mut paths = Vec::new();
+    let mut seeds: Vec<Vec<u8>> = Vec::new();
     let mut folders = vec![fixtures.to_path_buf()];
+    let read = |path: &Path| std::fs::read(path).expect("a fixture can be read");
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).expect("the fixtures are there") {
             let path = entry.expect("the fixtures can be listed").path();
-            match path.extension().and_then(|e| e.to_str()) {
-                _ if path.is_dir() => folders.push(path),
-                Some(ending) if endings.contains(&ending) && !path.ends_with("manifest.json") => paths.push(path),
-                _ => {}
+            let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+            if path.is_dir() {
+                folders.push(path);
+            } else if endings.contains(&ending) && !path.ends_with("manifest.json") {
+                match target {
+                    "pickle" => seeds.extend(pickle_in(&read(&path)).map(<[u8]>::to_vec)),
+                    "checkpoint" if ending != "checkpoint" => {
+                        let cfg = ["config.json", "cfg.json", "0_cfg.json"].map(|name| path.with_file_name(name));
+                        let cfg = cfg.iter().find(|path| path.is_file());
+                        seeds.extend(cfg.map(|cfg| [read(cfg), vec![0], read(&path)].concat()));
+                    }
+                    _ => seeds.push(read(&path)),
+                }
             }
         }
     }
-    paths.sort();
-    let mut seeds: Vec<Vec<u8>> = Vec::new();
-    for path in paths {
-        let bytes = std::fs::read(&path).expect("a fixture can be read");
-        let bytes = if target == "pickle" { pickle_in(&bytes).map(<[u8]>::to_vec) } else { Some(bytes) };
-        seeds.extend(bytes.filter(|b| b.len() <= longest));
-    }
     if target == "cfg" {
         let changes = ["lr=1e-3", "seed=.5", "new=[1, 2]", "enc_dtype=bf16"];
-        let first = seeds.first().cloned().unwrap_or_default();
-        seeds.extend(changes.map(|change| [&first[..], b"\0", change.as_bytes()].concat()));
+        seeds.extend(
+            changes.map(|change| {
+                [&br#"{"lr": 1, "seed": 2, "enc_dtype": "fp32"}"#[..], b"\0", change.as_bytes()].concat()
+            }),
+        );
         seeds.push(br#"{"a": [1e400, -0.0, 5e-324, 18446744073709551616, "\ud83d\ude00\u0000"], "a": null}"#.to_vec());
     }
+    seeds.retain(|seed| seed.len() <= longest);
     seeds.sort();
     seeds.dedup();
     seeds
