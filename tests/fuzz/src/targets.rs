@@ -23,8 +23,11 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+/// What is done with a file's bytes; it panics where something is wrong.
+pub(crate) type Target = fn(&[u8]);
+
 /// The targets by name.
-pub(crate) const ALL: [(&str, fn(&[u8])); 6] = [
+pub(crate) const ALL: [(&str, Target); 6] = [
     ("pt", pt),
     ("pickle", pickle),
     ("npy", npy),
