@@ -576,7 +576,7 @@ mod tests {
         let (mut xm, mut latents) = (Matrix::default(), Latents::default());
         cpu.fill(1, TERMS, &numbers(TERMS, 1), &mut xm).unwrap();
         let mut wm = cpu.upload(HIDDEN, TERMS, Values::F32(numbers(HIDDEN * TERMS, 2))).unwrap();
-        let bm = cpu.upload(1, HIDDEN, Values::F32(vec![0.0; HIDDEN])).unwrap();
+        let bm = cpu.upload(1, HIDDEN, Values::F32(vec![-16.0; HIDDEN])).unwrap();
         for _ in 0..3 {
             assert!(!wm.has_sketch());
             cpu.encode(&xm, &wm, &bm, &mut latents).unwrap();
