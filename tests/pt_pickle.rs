@@ -770,7 +770,7 @@ impl WideOffset for Vec<u8> {
 #[test]
 fn keys_of_every_kind_are_spelled() {
     let half = [&b"G"[..], &1.5f64.to_be_bytes()].concat();
-    let entries: [(&[u8], &str); 9] = [
+    let entries: [(&[u8], &str); 10] = [
         (b"N", "None"),
         (b"\x88", "True"),
         (b"\x89", "False"),
@@ -778,6 +778,7 @@ fn keys_of_every_kind_are_spelled() {
         (b"\x8a\x09\0\0\0\0\0\0\0\0\x01", "18446744073709551616"),
         (b"C\x02a\xff", "b'a\\xff'"),
         (b"ctorch\nfloat16\n", "float16"),
+        (b"ctorch\ndevice\nX\x03\0\0\0cpu\x85R", "torch.device(\"cpu\")"),
         (b"K\x07\x85", "(7,)"),
         (b"X\x01\0\0\0aN\x88\x87", "('a', None, True)"),
     ];
@@ -785,9 +786,20 @@ fn keys_of_every_kind_are_spelled() {
         let file = open(&root(&cat(&[b"}", key, &w(), b"s"]))).unwrap();
         assert_eq!(file.tensors()[0].path, [PathPart::from(spelling)]);
     }
+    // All in one dict: they differ.
+    let all: Vec<u8> = entries.iter().flat_map(|(key, _)| [key, &w()[..]].concat()).collect();
+    let file = open(&root(&cat(&[b"}(", &all, b"u"]))).unwrap();
+    let paths: Vec<_> = file.tensors().iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(paths, entries.map(|(_, spelling)| spelling));
     // 33 bytes are too long to be spelled.
     let file = open(&root(&cat(&[b"}\x8a\x21", &[1; 33], &w(), b"s"]))).unwrap();
     assert_eq!(file.tensors()[0].path, [PathPart::from("an int")]);
+}
+
+#[test]
+fn what_a_refused_name_stands_for_is_said() {
+    bad("sparse", b"ctorch._utils\n_rebuild_sparse_tensor\n", &["(a sparse tensor)"]);
+    bad("meta", b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n", &["(a meta tensor, without data)"]);
 }
 
 #[test]
