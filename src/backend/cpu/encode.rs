@@ -512,8 +512,13 @@ mod tests {
 
     #[test]
     fn screening_changes_no_bit_next_to_zero() {
-        // Biases that put the pre-activation of one row in 77 exactly on zero or one place beside it, the others below: few
-        // enough to be screened, and what is on is so by the last bit.
+        let (what, x, w, b) = numbers_on_the_edge();
+        assert_screening_changes_nothing(what, &x, &w, &b);
+    }
+
+    /// Biases that put the pre-activation of one row in 77 exactly on zero or one place beside it, the others below: few enough to
+    /// be screened, and what is on is so by the last bit.
+    fn numbers_on_the_edge() -> Numbers {
         let (x, w) = (numbers(BATCH * TERMS, 3), numbers(HIDDEN * TERMS, 4));
         let pre = {
             let cpu = Cpu::<f32>::new(Dtype::F32);
@@ -530,7 +535,7 @@ mod tests {
                 [bias, bias.next_up(), bias.next_down()][h % 3]
             })
             .collect();
-        assert_screening_changes_nothing("on the edge", &x, &w, &b);
+        ("on the edge", x, w, b)
     }
 
     #[test]
@@ -546,7 +551,7 @@ mod tests {
         let (x, w) = (numbers(BATCH * TERMS, 1), numbers(HIDDEN * TERMS, 2));
         let plain =
             [-100.0, -20.0, -16.0, -8.0, 0.0, 100.0].map(|bias| ("bias", x.clone(), w.clone(), vec![bias; HIDDEN]));
-        for (what, x, w, b) in plain.into_iter().chain(extreme_numbers()) {
+        for (what, x, w, b) in plain.into_iter().chain(extreme_numbers()).chain([numbers_on_the_edge()]) {
             for &level in Level::available() {
                 let cpu = Cpu::<f32>::new(Dtype::F32).with_level(level).with_threads(2);
                 let wm = cpu.upload(HIDDEN, TERMS, Values::F32(w.clone())).unwrap();
