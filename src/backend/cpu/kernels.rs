@@ -1621,6 +1621,37 @@ mod tests {
     }
 
     #[test]
+    fn sketches_are_the_naive_ones_at_every_level() {
+        for &level in Level::available() {
+            for n in [1, 2, 63, 64, 65, 127, 128, 200, 4608] {
+                let (w, x) = (numbers(n, 16), numbers(n, 17));
+                let (mut codes, mut scales) = (vec![99i8; n], vec![f32::NAN; n.div_ceil(GROUP)]);
+                let sums = sketch(level, &w, &mut codes, &mut scales);
+                let meant = |i: usize| f64::from(scales[i / GROUP]) * f64::from(codes[i]);
+                let (mut squares, mut errors, mut product) = (0.0, 0.0, 0.0);
+                for i in 0..n {
+                    let error = f64::from(w[i]) - meant(i);
+                    assert!(error.abs() <= 0.5001 * f64::from(scales[i / GROUP]), "{n} {i} {}", level.name());
+                    squares += f64::from(w[i]).powi(2);
+                    errors += error.powi(2);
+                    product += f64::from(x[i]) * meant(i);
+                }
+                for (ours, naive) in sums.into_iter().zip([squares, errors]) {
+                    assert!((f64::from(ours) - naive).abs() <= 1e-4 * naive + 1e-12, "{n} {}", level.name());
+                }
+                let ours = f64::from(sketch_dot(level, &x, &codes, &scales));
+                assert!((ours - product).abs() <= 1e-6 * n as f64, "{n} {}", level.name());
+                let groups = w.chunks(GROUP).zip(&scales);
+                assert!(groups.into_iter().all(|(w, s)| {
+                    let largest = w.iter().fold(0f32, |m, w| m.max(w.abs()));
+                    (largest / 127.0 - s).abs() <= 1e-6 * s
+                }));
+            }
+            println!("sketches tested: {}", level.name());
+        }
+    }
+
+    #[test]
     fn sparse_rows_are_the_naive_ones_at_every_level() {
         let (count, rows, values) = (9, [3u32, 0, 3, 8, 5], [0.5f32, -1.0, 0.25, 2.0, 0.125]);
         for &level in Level::available() {
