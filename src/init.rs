@@ -108,7 +108,8 @@ fn fill<T: Weight>(mut rng: Mt19937, w_dec: &mut [T], w_enc: &mut [T], d_in: usi
     };
     std::thread::scope(|scope| {
         for _ in 1..threads.min(runs) {
-            scope.spawn(work);
+            // A thread that cannot be started leaves its work to the others.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
     });
