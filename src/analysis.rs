@@ -533,7 +533,11 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         std::thread::scope(|scope| {
             let work = &work;
             let parts = parts.enumerate();
-            let threads: Vec<_> = parts.map(|(i, (l, p))| scope.spawn(move || work(i * per_thread, l, p))).collect();
+            let start = |(i, (l, p))| {
+                let thread = std::thread::Builder::new().spawn_scoped(scope, move || work(i * per_thread, l, p));
+                thread.map_err(|e| Error::io("cannot start a thread", e))
+            };
+            let threads = parts.map(start).collect::<Result<Vec<_>>>()?;
             threads.into_iter().try_for_each(|t| t.join().expect("no thread panics"))
         })
     }
