@@ -120,12 +120,7 @@ fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Res
 /// # Errors
 /// What `content` returns; a folder that cannot be written to, a full disk. No temporary file is left then.
 pub fn stage(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Result<Staged> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().ok_or_else(|| Error::usage("a file needs a name").in_file(path))?;
-    let mut temporary = OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}-{}{SUFFIX}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-    let temporary = path.with_file_name(temporary);
+    let temporary = temporary_for(path)?;
     let cannot = |e| Error::io("cannot write", e).in_file(path);
     let file = File::create_new(&temporary).map_err(cannot)?;
     let staged = Staged { temporary, path: path.to_owned(), placed: false };
@@ -152,8 +147,9 @@ impl Staged {
     }
 }
 
-/// Places two files that belong together, the small one first. If the second cannot be placed, what was there instead of the
-/// first is put back.
+/// Places two files that belong together, the small one first. Whoever reads them meanwhile, or after a kill, finds the old pair,
+/// the new one, or no second file: where the small one changes, the old second one is moved out of the way before. If the
+/// second cannot be placed, what was there is put back.
 ///
 /// # Errors
 /// As [`Staged::place`]; both old files are still there then, or, if the last sync failed, both new ones.
@@ -161,20 +157,59 @@ pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
     let path = small.path.clone();
     let before = match std::fs::read(&path) {
         Ok(bytes) => Some(bytes),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         Err(e) => return Err(Error::io("cannot read", e).in_file(&path)),
     };
-    if let Err(e) = small.place().and_then(|()| second.rename()) {
+    let after = std::fs::read(&small.temporary).map_err(|e| Error::io("cannot read", e).in_file(&path))?;
+    let old = if before.as_ref() == Some(&after) { None } else { set_aside(&second.path)? };
+    let synced = if old.is_some() { sync_folder(&second.path) } else { Ok(()) };
+    if let Err(e) = synced.and_then(|()| small.place()).and_then(|()| second.rename()) {
         // Its bytes may be the ones that are missing on a full disk.
+        let to = second.path.clone();
         drop(second);
         // What went wrong first is what is told.
         let _ = match before {
             Some(bytes) => write(&path, |out| out.write_all(&bytes).map_err(|e| Error::io("cannot write", e))),
             None => std::fs::remove_file(&path).map_err(|e| Error::io("cannot remove", e)),
         };
+        if let Some(old) = old {
+            let _ = std::fs::rename(old, &to);
+            let _ = sync_folder(&to);
+        }
         return Err(e);
     }
-    sync_folder(&second.path)
+    let synced = sync_folder(&second.path);
+    if let Some(old) = old {
+        // It is hidden, and a leftover like any other if it stays.
+        let _ = std::fs::remove_file(old);
+    }
+    synced
+}
+
+/// Gives a file, if it is there, a temporary name.
+fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
+    if !path.symlink_metadata().is_ok_and(|there| !there.is_dir()) {
+        return Ok(None);
+    }
+    let aside = temporary_for(path)?;
+    std::fs::rename(path, &aside).map_err(|e| Error::io("cannot move it out of the way", e).in_file(path))?;
+    Ok(Some(aside))
+}
+
+/// A name beside `path` that no other file has. One process's number may be that of another that was killed: in a container they
+/// all begin with the same.
+fn temporary_for(path: &Path) -> Result<PathBuf> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let name = path.file_name().ok_or_else(|| Error::usage("a file needs a name").in_file(path))?;
+    loop {
+        let mut temporary = OsString::from(".");
+        temporary.push(name);
+        temporary.push(format!(".{}-{}{SUFFIX}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+        let temporary = path.with_file_name(temporary);
+        if temporary.symlink_metadata().is_err() {
+            return Ok(temporary);
+        }
+    }
 }
 
 impl Drop for Staged {
@@ -303,6 +338,59 @@ mod tests {
     }
 
     #[test]
+    fn a_pair_that_cannot_be_replaced_stays() {
+        let folder = folder("stays");
+        let [small, second] = ["a.json", "a.pt"].map(|name| folder.join(name));
+        let staged =
+            |path: &Path, text: &[u8]| stage(path, |w| w.write_all(text).map_err(|e| Error::io("x", e))).unwrap();
+        for old in [&b"old"[..], b"new"] {
+            std::fs::write(&small, old).unwrap();
+            std::fs::write(&second, b"old").unwrap();
+            let gone = staged(&second, b"new");
+            std::fs::remove_file(&gone.temporary).unwrap();
+            assert!(place_both(staged(&small, b"new"), gone).is_err());
+            assert_eq!([&small, &second].map(|path| std::fs::read(path).unwrap()), [old, b"old"]);
+            assert_eq!(names(&folder), ["a.json", "a.pt"]);
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_reader_never_sees_files_of_two_pairs() {
+        let folder = folder("pairs");
+        let [small, second] = ["a.json", "a.pt"].map(|name| folder.join(name));
+        let place = |n: u32| {
+            let staged = |path: &Path| stage(path, |w| write!(w, "{n}").map_err(|e| Error::io("x", e))).unwrap();
+            place_both(staged(&small), staged(&second)).unwrap();
+        };
+        place(0);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let read = |path: &Path| std::fs::read_to_string(path).ok();
+        let (mut pairs, mut without) = (0, 0);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                (1..=200).for_each(place);
+                done.store(true, Ordering::Relaxed);
+            });
+            while !done.load(Ordering::Relaxed) && !writer.is_finished() {
+                // Numbers rise: what lay there before and after the other was read lay there all the time.
+                match (read(&second), read(&small), read(&second)) {
+                    (Some(a), b, Some(c)) if a == c => {
+                        assert_eq!(b, Some(a));
+                        pairs += 1;
+                    }
+                    (None, ..) => without += 1,
+                    _ => {}
+                }
+            }
+        });
+        println!("{pairs} whole pairs, {without} times no second file");
+        assert!(pairs > 0);
+        assert_eq!(names(&folder), ["a.json", "a.pt"]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
     fn folders_are_made_with_those_above_them() {
         let folder = folder("folders");
         for _ in 0..2 {
@@ -325,6 +413,22 @@ mod tests {
         assert!(is_leftover(OsStr::new(&names(&folder)[0])));
         drop(staged);
         assert!(names(&folder).is_empty());
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn leftovers_of_a_process_with_the_same_number_are_in_nobodys_way() {
+        let folder = folder("number");
+        let path = folder.join("a");
+        let staged = stage(&path, |_| Ok(())).unwrap();
+        let name = staged.temporary.file_name().unwrap().to_str().unwrap().to_string();
+        let (start, n) = name.strip_suffix(SUFFIX).unwrap().rsplit_once('-').unwrap();
+        let n: u64 = n.parse().unwrap();
+        (n + 1..n + 100).for_each(|n| std::fs::write(folder.join(format!("{start}-{n}{SUFFIX}")), b"left").unwrap());
+        write(&path, |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        drop(staged);
+        assert_eq!(names(&folder).len(), 100);
         std::fs::remove_dir_all(&folder).unwrap();
     }
 
