@@ -219,9 +219,13 @@ impl TensorFile {
         })
     }
 
-    /// Refuses to go on where a file has made its reader work far beyond its size, see [`PtFile::check_work`].
-    pub(crate) fn check_work(&self) -> Result<()> {
-        self.as_pt().map_or(Ok(()), PtFile::check_work)
+    /// Refuses to go on where a file has made its reader work far beyond its size: whoever reads all tensors of a file and keeps
+    /// them asks this before each, since a small `.pt` file can give one storage a million names.
+    ///
+    /// # Errors
+    /// More than four times the bytes of all records of a `.pt` file, and 256 MiB, were read so far.
+    pub fn check_work(&self) -> Result<()> {
+        self.as_pt().map_or(Ok(()), PtFile::check_work).map_err(|e| e.in_file(&self.path))
     }
 
     /// The CRC-32 of its elements' little-endian bytes in row-major order.

@@ -1,14 +1,19 @@
 //! Layouts of published crosscoders, against what the code that they come from computes. `fixtures/make_layouts.py` tells how
 //! the cases were made.
 
+#[path = "fuzz/src/counting.rs"]
+mod counting;
+
+use counting::measure;
 use crosscoder::autodiff::Parameters;
 use crosscoder::backend::{Backend, Cpu, Scalar};
 use crosscoder::batch_topk::{BatchTopK, CodeNormalization};
 use crosscoder::checkpoint::{self, Files};
 use crosscoder::files::TensorFile;
+use crosscoder::normalisation;
 use crosscoder::pt::TensorSource;
 use crosscoder::sparse;
-use crosscoder::{Config, CrossCoder, Dtype, ErrorKind, Tensor, Values, safetensors};
+use crosscoder::{Config, CrossCoder, Dtype, ErrorKind, Tensor, Values, layouts, safetensors};
 use ndarray::Array3;
 use std::path::{Path, PathBuf};
 
@@ -395,6 +400,58 @@ fn nothing_is_guessed_of_separate_tensors() {
     refused(&folder, "{}", &differ, &["W_enc differ", "[6, 20]", "[5, 20]"]);
     refused(&folder, r#"{"d_in": 7}"#, &all(&["A", "B"]), &["d_in 7"]);
     refused(&folder, r#"{"activation_fn": "topk"}"#, &all(&["A", "B"]), &["activation_fn", "topk"]);
+}
+
+#[test]
+fn models_that_differ_take_no_memory_for_all_of_them() {
+    // As many models as letters, the first of 1 MiB, the others of 4 bytes: refused before they are put together.
+    let folder = Folder::new("memory");
+    let names: Vec<String> = (b'A'..=b'Z').map(|c| format!("W_enc_{}", char::from(c))).collect();
+    let shape = |i: usize| if i == 0 { [512, 512] } else { [1, 1] };
+    let kinds = ["W_dec", "b_dec"].map(|kind| names.iter().map(|n| n.replace("W_enc", kind)).collect::<Vec<_>>());
+    let mut tensors: Vec<(&str, Tensor)> =
+        names.iter().enumerate().map(|(i, name)| (name.as_str(), tensor(&shape(i)))).collect();
+    tensors.extend(kinds.iter().flatten().map(|name| (name.as_str(), tensor(&[1, 1]))));
+    tensors.push(("b_enc", tensor(&[1])));
+    save(&folder, "{}", &tensors);
+    let mut file = TensorFile::open(folder.0.join("model.safetensors")).unwrap();
+    let (read, used) = measure(|| layouts::read(&mut file, Config::default(), "config.json".as_ref()));
+    let message = read.unwrap_err().to_string();
+    assert!(message.contains("W_enc differ: float32 [512, 512] and float32 [1, 1]"), "{message}");
+    assert!(used.peak < 2 << 20 && used.largest < 2 << 20, "{used:?}");
+}
+
+#[test]
+fn factors_are_folded_only_into_weights_that_fit() {
+    let cfg = || {
+        let text = br#"{"d_in": 6, "dict_size": 20, "enc_dtype": "fp32", "normalisation_factor": [2, 4]}"#;
+        Config::from_json(text).unwrap()
+    };
+    let shapes = [&[2, 6, 20][..], &[20, 2, 6], &[20], &[2, 6]];
+    let fold = |cfg: &mut Config, shapes: [&[usize]; 4]| {
+        let [w_enc, w_dec, b_enc, b_dec] = shapes.map(tensor);
+        normalisation::fold(cfg, Parameters { w_enc, w_dec, b_enc, b_dec })
+    };
+    assert!(fold(&mut cfg(), shapes).is_ok());
+    // Too few dimensions, too many, none; another number of models, of latents; what the other three contradict.
+    let odd: [&[usize]; 8] = [&[], &[2], &[20], &[6, 2], &[3, 6], &[2, 6, 20, 1], &[20, 3, 6], &[0, 6, 20]];
+    for at in 0..shapes.len() {
+        for shape in odd.into_iter().filter(|shape| *shape != shapes[at]) {
+            let mut shapes = shapes;
+            shapes[at] = shape;
+            let mut cfg = cfg();
+            let before = cfg.clone();
+            let error = fold(&mut cfg, shapes).unwrap_err();
+            let name = crosscoder::autodiff::PARAMETER_NAMES[at];
+            let message = error.to_string();
+            assert!(message.contains(name) && message.contains(&format!("{shape:?}")), "{message}");
+            assert_eq!(cfg, before, "a refusal changes nothing");
+        }
+    }
+    let mut three = cfg();
+    three.set("normalisation_factor", vec![1.0, 2.0, 3.0]);
+    let error = fold(&mut three, shapes).unwrap_err().to_string();
+    assert!(error.contains("3 factors for 2 models"), "{error}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod common;
 use common::*;
+use crosscoder::Config;
 use crosscoder::files::TensorFile;
 use crosscoder::pt::{PathPart, PtFile, Save, Value, Writer};
 use std::io::Cursor;
@@ -281,6 +282,37 @@ fn walks_have_a_limit() {
     let sets = cat(&[b"](", &b"K\x01".repeat(5_000), b"eq\x000](", &b"cbuiltins\nset\nh\x00\x85R".repeat(5_000), b"e"]);
     refused("copies", &pt_of(&sets), &["copy more"]);
     accepted("a hundred thousand numbers", &pt_of(&cat(&[b"](", &w(), &b"K\x01".repeat(100_000), b"e"])));
+}
+
+/// A call copies what it is given; 2^22 entries, bytes and characters of all calls together are the limit.
+#[test]
+fn calls_pay_for_what_they_copy() {
+    const COUNT: usize = 1 << 16;
+    let numbers = b"K\x01".repeat(COUNT);
+    let keys: Vec<u8> = (0..=u16::MAX).flat_map(|n| [b'M', n as u8, (n >> 8) as u8]).collect();
+    let entries: Vec<u8> = keys.as_chunks::<3>().0.iter().flat_map(|key| [key, &b"N"[..]].concat()).collect();
+    let (list, tuple) = (cat(&[b"](", &numbers, b"e"]), cat(&[b"(", &numbers, b"t"]));
+    // A storage's text is `torch.device("…")`, 16 characters with the quotes.
+    let name = s(&"x".repeat(COUNT - 16));
+    let pairs = cat(&[b"K\x01N\x86q\x01](", &b"h\x01".repeat(COUNT), b"e"]);
+    let text = cat(&[&s("latin1"), b"q\x010", &s(&"x".repeat(COUNT))]);
+    for (global, argument, arguments) in [
+        ("torch.Size", &tuple, &b"h\0\x85"[..]),
+        ("torch.Size", &list, b"h\0\x85"),
+        ("builtins.set", &list, b"h\0\x85"),
+        ("collections.OrderedDict", &cat(&[b"}(", &entries, b"u"]), b"h\0\x85"),
+        ("collections.OrderedDict", &pairs, b"h\0\x85"),
+        ("_codecs.encode", &text, b"h\0h\x01\x86"),
+        ("torch.device", &name, b"h\0\x85"),
+    ] {
+        let file = |times: usize| {
+            let calls = cat(&[&call(global, arguments), b"0"]).repeat(times);
+            pt(&root(&cat(&[argument, b"q\x000", &calls, &w()])))
+        };
+        let limit = (1 << 22) / COUNT;
+        accepted(global, &file(limit));
+        refused(global, &file(limit + 1), &["calls copy more than 4194304 references"]);
+    }
 }
 
 #[test]
@@ -859,6 +891,49 @@ fn work_far_beyond_the_file_is_refused() {
     assert_eq!(checksums(data.clone()).unwrap().len(), 80);
     let refused = checksums(data.deflated()).unwrap_err();
     assert!(refused.to_string().contains("bytes were read for the tensors so far"), "{refused}");
+    std::fs::remove_file(path).unwrap();
+}
+
+/// The same for a checkpoint with a tensor for each model: one storage, which many names stand for.
+#[test]
+fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
+    const D: i64 = 512;
+    let weight = rebuild(&storage("FloatStorage", "0", D * D), 0, &[D, D], &[D, 1]);
+    let file = |models: usize| {
+        let names = (0..models).flat_map(|m| [cat(&[&s(&format!("W_enc_{m}")), &weight])]).collect::<Vec<_>>();
+        zip(
+            &[
+                record("a/data.pkl", &root(&cat(&[b"}(", &names.concat(), b"u"]))),
+                record("a/data/0", &vec![0; 4 << 18]),
+            ],
+            |_| {},
+        )
+    };
+    let path = std::env::temp_dir().join(format!("crosscoder-names-{}.pt", std::process::id()));
+    let read = |models| {
+        std::fs::write(&path, file(models)).unwrap();
+        let mut file = TensorFile::open(&path).unwrap();
+        crosscoder::layouts::read(&mut file, Config::default(), "cfg.json".as_ref()).unwrap_err().to_string()
+    };
+    // What is missing is only looked for after all of these have been read.
+    assert!(read(20).contains("W_dec is there as []"), "{}", read(20));
+    assert!(read(1000).contains("bytes were read for the tensors so far"), "{}", read(1000));
+    // Nor by `convert`, which keeps tensors of any name.
+    #[cfg(feature = "cli")]
+    {
+        let out = path.with_extension("safetensors");
+        let convert = || {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+            let output = command.arg("convert").args([&path, &out]).output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let (code, said) = convert();
+        assert!(code == Some(1) && said.contains("bytes were read for the tensors so far"), "{code:?} {said}");
+        assert!(!out.exists());
+        std::fs::write(&path, file(20)).unwrap();
+        assert_eq!(convert(), (Some(0), String::new()));
+        std::fs::remove_file(out).unwrap();
+    }
     std::fs::remove_file(path).unwrap();
 }
 

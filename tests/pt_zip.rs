@@ -512,3 +512,19 @@ fn the_ratio_of_large_deflated_records_has_a_limit() {
     accepted("just 200 times", &claim(past.div_ceil(200), past));
     refused("more than 200 times", &claim(past.div_ceil(200) - 1, past), &["ratio"]);
 }
+
+/// A deflated pickle costs its writer nothing, a stored one as many bytes as its reader.
+#[test]
+fn a_deflated_pickle_has_a_lower_limit_than_a_stored_one() {
+    const LIMIT: usize = 32 << 20;
+    let claim = |size: usize| {
+        let mut all = good();
+        all[0] = record("a/data.pkl", b"").both(|h| h.size = size as u32);
+        all[0].repack(vec![0; size / 100]);
+        zip(&all, |_| {})
+    };
+    refused("deflated, at the limit: not for its length", &claim(LIMIT), &["deflate"]);
+    refused("deflated, above it", &claim(LIMIT + 1), &["a pickle of 33554433 bytes; the limit is 33554432"]);
+    let long = [&b"B"[..], &(LIMIT as u32).to_le_bytes(), &vec![7; LIMIT], b"0"].concat();
+    accepted("stored, above it", &pt(&root(&[long, w()].concat())));
+}

@@ -108,6 +108,7 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         if !names.insert(name.clone()) {
             return Err(Error::unsupported(format!("two tensors have the name {name:?}")).in_file(from));
         }
+        file.check_work()?;
         let tensor = file.read(index)?;
         let is_float = matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
         let tensor = match dtype {
