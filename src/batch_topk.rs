@@ -20,6 +20,18 @@
 //! threshold is a constant: it has no gradient, and latents that it cuts pass none on. The original has nothing of this
 //! and ignores the keys; it is the `BatchTopKCrossCoder` of the `dictionary_learning` fork, see [`crate::layouts`].
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use crate::backend::{Backend, Scalar, Shaped};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -63,7 +75,10 @@ impl CodeNormalization {
         match name {
             "CROSSCODER" => Ok(CodeNormalization::Crosscoder),
             "SAE" => Ok(CodeNormalization::Sae),
-            "MIXED" => Ok(CodeNormalization::Mixed { sae: cfg.number(ALPHA_KEYS[0])?, cc: cfg.number(ALPHA_KEYS[1])? }),
+            "MIXED" => {
+                let [sae, cc] = ALPHA_KEYS.map(|key| cfg.number(key));
+                Ok(CodeNormalization::Mixed { sae: sae?, cc: cc? })
+            }
             "NONE" => Ok(CodeNormalization::None),
             "DECOUPLED" => Err(Error::unsupported(
                 "code normalization DECOUPLED: its latents differ between the models, a crosscoder has one set for all",
@@ -136,8 +151,7 @@ impl BatchTopK {
         cfg.set(THRESHOLD_KEY, self.threshold);
         cfg.set(CODE_NORMALIZATION_KEY, self.code_normalization.name());
         if let CodeNormalization::Mixed { sae, cc } = self.code_normalization {
-            cfg.set(ALPHA_KEYS[0], sae);
-            cfg.set(ALPHA_KEYS[1], cc);
+            ALPHA_KEYS.into_iter().zip([sae, cc]).for_each(|(key, factor)| cfg.set(key, factor));
         }
         if let Some(scales) = &self.norm_scales {
             cfg.set(NORM_SCALES_KEY, scales.clone());
@@ -155,7 +169,7 @@ impl BatchTopK {
         let (r, narrow) = (|v| backend.round(v), B::Scalar::narrow);
         let download = |matrix: &B::Matrix| -> Result<Vec<B::Scalar>> {
             let (rows, cols) = matrix.shape();
-            let mut out = vec![B::Scalar::default(); rows * cols];
+            let mut out = vec![B::Scalar::default(); rows.saturating_mul(cols)];
             backend.download(matrix, 0, &mut out)?;
             Ok(out)
         };
@@ -178,6 +192,7 @@ impl BatchTopK {
             CodeNormalization::Crosscoder => norms(false)?,
             CodeNormalization::Sae => norms(true)?,
             CodeNormalization::Mixed { sae, cc } => {
+                #[allow(clippy::arithmetic_side_effects)] // Floats, which the lint cannot see of a generic.
                 let mixed = |(s, c)| r(r(s * narrow(sae)) + r(c * narrow(cc)));
                 norms(true)?.into_iter().zip(norms(false)?).map(mixed).collect()
             }
