@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::sparse::Path;
 use crate::tensor::Values;
 use driver::{Arg, Buffer, Gpu, Shape, Source, TENSOR_MAP};
+use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,13 +47,17 @@ const fn general(name: &'static str, ptx: &'static str) -> Source {
 
 /// Threads of a block, `BLOCK` in `ptx/common.cuh`.
 const BLOCK: usize = 128;
-/// A product's tile and the threads that make it: `TILE` and `THREADS` in `ptx/product.cu`.
+/// A product's tile and the threads that make it, in half precision and otherwise: `TILE`, `Whole` and `THREADS` in
+/// `ptx/product.cu`.
 const TILE: usize = 128;
+const HALF_THREADS: u32 = 128;
 const PRODUCT_THREADS: u32 = 256;
 /// Tensor cores: four tiles of both operands, 8 KiB each, or the sums, 128 rows of 136 float32, whichever is more.
 const MMA_BYTES: u32 = 128 * 136 * 4;
 /// Split products: three tiles of both parts of both operands.
 const SPLIT_BYTES: u32 = 3 * 4 * (8 << 10);
+/// Rows of more bytes are read twice where they are split, once otherwise: that much shared memory need not be asked for.
+const SPLIT_ROW_BYTES: usize = 47 << 10;
 /// Hopper's products, from `ptx/hopper.cu`: rows and columns of a tile, threads, and shared memory: stages of both
 /// operands' tiles, 64 deep, and 16 bytes of barriers for each.
 const HOPPER_ROWS: usize = 128;
@@ -175,6 +180,11 @@ impl Cuda {
         16 / self.dtype.size_bytes()
     }
 
+    /// Blocks whose threads take 16 bytes of `n` elements each.
+    fn blocks(&self, n: usize) -> usize {
+        n.div_ceil(BLOCK * self.lanes())
+    }
+
     /// Has `m` hold [rows, cols], contents unspecified if that is another size than before.
     fn overwrite(&self, m: &mut Matrix, rows: usize, cols: usize) -> Result<()> {
         // Kernels count rows and columns in 32 bits, with room to go beyond the end by a tile.
@@ -221,12 +231,12 @@ impl Cuda {
     fn read_elements(&self, data: &Buffer, at: usize, out: &mut [f32]) -> Result<()> {
         match self.dtype {
             Dtype::F16 => {
-                let mut raw = vec![half::f16::ZERO; out.len()];
+                let mut raw = vec![f16::ZERO; out.len()];
                 self.gpu.read(data, at, &mut raw)?;
                 out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
             }
             Dtype::BF16 => {
-                let mut raw = vec![half::bf16::ZERO; out.len()];
+                let mut raw = vec![bf16::ZERO; out.len()];
                 self.gpu.read(data, at, &mut raw)?;
                 out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
             }
@@ -258,11 +268,9 @@ impl Cuda {
             true => Some(self.product_split([m, n, k], a, b, finish)?),
             false => None,
         };
-        let shape = Shape {
-            grid: (m.div_ceil(TILE), n.div_ceil(TILE)),
-            threads: PRODUCT_THREADS,
-            shared_bytes: if self.dtype == Dtype::F32 { 0 } else { MMA_BYTES },
-        };
+        let (threads, shared_bytes) =
+            if self.dtype == Dtype::F32 { (PRODUCT_THREADS, 0) } else { (HALF_THREADS, MMA_BYTES) };
+        let shape = Shape { grid: (m.div_ceil(TILE), n.div_ceil(TILE)), threads, shared_bytes };
         let [bias, mask, relu, add, c] = finish.args();
         let args = [u32_arg(m), u32_arg(n), u32_arg(k), a, b, only_if.as_ref().into(), bias, mask, relu, add, c];
         self.gpu.launch(&format!("product_{}_{}", layout.name(), self.suffix()), shape, &args)
@@ -277,8 +285,11 @@ impl Cuda {
             let half = || self.gpu.buffer(rows.checked_mul(ld).and_then(|n| n.checked_mul(2)).ok_or_else(too_large)?);
             let parts = [half()?, half()?, self.words(rows)?];
             let [high, low, shift] = parts.each_ref().map(Arg::from);
-            let args = [u32_arg(k), u32_arg(ld), operand, high, low, shift, (&nonfinite).into()];
-            self.launch_plain("split", (rows, 1), &args)?;
+            let row_bytes = 4 * ld;
+            let keep = row_bytes <= SPLIT_ROW_BYTES;
+            let args = [u32_arg(k), u32_arg(ld), keep.into(), operand, high, low, shift, (&nonfinite).into()];
+            let shared_bytes = if keep { row_bytes as u32 } else { 0 };
+            self.gpu.launch("split", Shape { grid: (rows, 1), threads: BLOCK as u32, shared_bytes }, &args)?;
             Ok::<_, Error>(parts)
         };
         let (a, b) = (split(m, a)?, split(n, b)?);
@@ -494,9 +505,12 @@ impl Backend for Cuda {
     fn fill(&self, rows: usize, cols: usize, values: &[f32], out: &mut Matrix) -> Result<()> {
         assert_eq!(values.len(), rows * cols, "as many values as the shape has");
         self.overwrite(out, rows, cols)?;
-        self.gpu.upload(values, |_, from| {
-            self.launch("round", (values.len().div_ceil(BLOCK), 1), &[u64_arg(values.len()), from, out.arg()])
-        })
+        let to = out.data.as_ref().expect("given memory above");
+        match self.dtype {
+            Dtype::F16 => self.gpu.upload(values, f16::from_f32, to),
+            Dtype::BF16 => self.gpu.upload(values, bf16::from_f32, to),
+            _ => self.gpu.upload(values, |v| v, to),
+        }
     }
 
     fn download(&self, m: &Matrix, at: usize, out: &mut [f32]) -> Result<()> {
@@ -596,7 +610,7 @@ impl Backend for Cuda {
             false.into(),
             out.arg(),
         ];
-        self.launch("gather", (acts.rows, w.cols.div_ceil(BLOCK * self.lanes())), &args)
+        self.launch("gather", (acts.rows, self.blocks(w.cols)), &args)
     }
 
     fn latents_grad(&self, d: &Matrix, w: &Matrix, acts: &Latents, write: Write, out: &mut Latents) -> Result<()> {
@@ -609,17 +623,13 @@ impl Backend for Cuda {
             let finish = Finish { bias: Arg::NULL, mask: acts.values(), relu: false, add, c: out.values() };
             return self.linear_into(d, w, &finish);
         };
-        let args = [
-            u32_arg(w.cols),
-            (&support.starts).into(),
-            (&support.columns).into(),
-            acts.values(),
-            d.arg(),
-            w.arg(),
-            add.into(),
-            out.values(),
-        ];
-        self.launch("latents_grad", (acts.rows, 1), &args)
+        let (tiles, entries) = (self.blocks(w.cols), support.entries);
+        let parts = self.words(tiles.checked_mul(entries).ok_or_else(too_large)?)?;
+        let [starts, columns] = acts.by_row();
+        let args = [u32_arg(w.cols), u32_arg(entries), starts, columns, d.arg(), w.arg(), (&parts).into()];
+        self.launch("latents_grad_parts", (acts.rows, tiles), &args)?;
+        let args = [u32_arg(tiles), u32_arg(entries), (&parts).into(), acts.values(), add.into(), out.values()];
+        self.launch("latents_grad_total", (entries.div_ceil(BLOCK), 1), &args)
     }
 
     fn weight_grad(&self, latents: &Latents, y: &Matrix, write: Write, out: &mut Matrix) -> Result<()> {
@@ -644,7 +654,7 @@ impl Backend for Cuda {
             add.into(),
             out.arg(),
         ];
-        self.launch("gather", (rows, cols.div_ceil(BLOCK * self.lanes())), &args)
+        self.launch("gather", (rows, self.blocks(cols)), &args)
     }
 
     fn latents_column_sums(&self, latents: &Latents, out: &mut Matrix) -> Result<()> {
@@ -712,7 +722,7 @@ impl Backend for Cuda {
         self.overwrite(out, a.rows, a.cols)?;
         let n = a.rows * a.cols;
         let args = [u64_arg(n), a.arg(), b.arg(), g.into(), out.arg()];
-        self.launch("squared_distances_grad", (n.div_ceil(BLOCK), 1), &args)
+        self.launch("squared_distances_grad", (self.blocks(n), 1), &args)
     }
 
     fn group_norms(&self, w: &Matrix, groups: usize, out: &mut Matrix) -> Result<()> {
@@ -760,7 +770,7 @@ impl Backend for Cuda {
             ]
             .map(Arg::from),
         );
-        self.launch("adam", (n.div_ceil(BLOCK), 1), &args)
+        self.launch("adam", (self.blocks(n), 1), &args)
     }
 }
 
