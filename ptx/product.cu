@@ -197,9 +197,47 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
         if (s < steps) load(s, s);
         commit();
     }
+    // Two sets of registers take turns: one is multiplied while the other is loaded.
+    u32 x[2][PARTS][4][4], y[2][PARTS][PIECES / 2][4];
+    auto fetch = [&](u32 step, u32 k, u32 to) {
+#pragma unroll
+        for (u32 p = 0; p < PARTS; p++) {
+            const u16 *at = tile(step % STAGES, p), *bt = tile(step % STAGES, PARTS + p);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const u32 m = wm + i * 16;
+                if (A_K) ldmatrix(x[to][p][i], shared(at + place<true>(m + lane % 16, k * 2 + lane / 16) * 8));
+                else
+                    ldmatrix_t(x[to][p][i], shared(at + place<false>(k * 16 + lane / 16 * 8 + lane % 8,
+                                                                     m / 8 + lane / 8 % 2) * 8));
+            }
+#pragma unroll
+            for (u32 j = 0; j < PIECES / 2; j++) {
+                const u32 n = wn + j * 16;
+                if (B_K)
+                    ldmatrix(y[to][p][j], shared(bt + place<true>(n + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 8));
+                else ldmatrix_t(y[to][p][j], shared(bt + place<false>(k * 16 + lane % 16, n / 8 + lane / 16) * 8));
+            }
+        }
+    };
+    auto multiply = [&](typename W::Sum& to, u32 f) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+#pragma unroll
+            for (u32 j = 0; j < PIECES; j++) {
+                const u32 h = j % 2 * 2;
+                if (PARTS > 1) {
+                    mma(E(), to[i][j], x[f][PARTS - 1][i], &y[f][0][j / 2][h]);
+                    mma(E(), to[i][j], x[f][0][i], &y[f][PARTS - 1][j / 2][h]);
+                }
+                mma(E(), to[i][j], x[f][0][i], &y[f][0][j / 2][h]);
+            }
+    };
+    wait<STAGES - 2>();
+    __syncthreads();  // the first tile is there
+    if (steps) fetch(0, 0, 0);
     for (u32 step = 0; step < steps; step++) {
-        wait<STAGES - 2>();
-        __syncthreads();  // the tile is there, and all are done with the one that is overwritten next
+        // All are done with the tile before this one.
         if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES, step + STAGES - 1);
         commit();
         typename W::Sum part;
@@ -209,37 +247,14 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
             for (u32 i = 0; i < 16 * PIECES; i++) part[i / (4 * PIECES)][i / 4 % PIECES][i % 4] = 0.f;
 #pragma unroll
         for (u32 k = 0; k < KTILE / 16; k++) {
-            u32 x[PARTS][4][4], y[PARTS][PIECES / 2][4];
-#pragma unroll
-            for (u32 p = 0; p < PARTS; p++) {
-                const u16 *at = tile(step % STAGES, p), *bt = tile(step % STAGES, PARTS + p);
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    const u32 m = wm + i * 16;
-                    if (A_K) ldmatrix(x[p][i], shared(at + place<true>(m + lane % 16, k * 2 + lane / 16) * 8));
-                    else
-                        ldmatrix_t(x[p][i], shared(at + place<false>(k * 16 + lane / 16 * 8 + lane % 8,
-                                                                     m / 8 + lane / 8 % 2) * 8));
-                }
-#pragma unroll
-                for (u32 j = 0; j < PIECES / 2; j++) {
-                    const u32 n = wn + j * 16;
-                    if (B_K)
-                        ldmatrix(y[p][j], shared(bt + place<true>(n + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 8));
-                    else ldmatrix_t(y[p][j], shared(bt + place<false>(k * 16 + lane % 16, n / 8 + lane / 16) * 8));
-                }
+            if (k + 1 < KTILE / 16) {
+                fetch(step, k + 1, (k + 1) % 2);
+            } else {
+                wait<STAGES - 2>();
+                __syncthreads();  // the next tile is there, and all are done with this one
+                if (step + 1 < steps) fetch(step + 1, 0, 0);
             }
-#pragma unroll
-            for (u32 i = 0; i < 4; i++)
-#pragma unroll
-                for (u32 j = 0; j < PIECES; j++) {
-                    const u32 h = j % 2 * 2;
-                    if (PARTS > 1) {
-                        mma(E(), to[i][j], x[PARTS - 1][i], &y[0][j / 2][h]);
-                        mma(E(), to[i][j], x[0][i], &y[PARTS - 1][j / 2][h]);
-                    }
-                    mma(E(), to[i][j], x[0][i], &y[0][j / 2][h]);
-                }
+            multiply(to, k % 2);
         }
         if (PARTS > 1)
 #pragma unroll
@@ -248,7 +263,8 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
     }
 }
 
-// The sums of a block in shared memory, rows SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
+// The sums of a block in shared memory, where the tiles were: since the last barrier nobody reads them or waits for one. Rows
+// are SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
 // half a warp writes at a time lie in different banks.
 #define SUM_STRIDE (TILE + 8)
 
@@ -257,8 +273,6 @@ __device__ __forceinline__ const float* put_sums(const typename W::Sum& sum) {
     extern __shared__ __align__(16) u16 tiles[];
     const u32 lane = threadIdx.x % 32;
     float* sums = (float*)tiles;
-    wait<0>();
-    __syncthreads();  // all are done with the tiles
 #pragma unroll
     for (u32 i = 0; i < 4; i++)
 #pragma unroll
@@ -274,13 +288,28 @@ __device__ __forceinline__ const float* put_sums(const typename W::Sum& sum) {
 
 // ---- float32 as two float16 ------------------------------------------------------------------------------------------
 
-// For each row, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
+// For each row of an operand, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
 // [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by
 // some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
-// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. Rows are padded with zeros to `ld`, a multiple of
-// 8. *nonfinite is set if an element is not finite. One block a row.
+// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. *nonfinite is
+// set if an element is not finite.
+__device__ __forceinline__ int shift_of(u32 largest) { return min(14 - ((int)(largest >> 23) - 127), 126); }
+
+__device__ __forceinline__ void split4(const float* x, const int* shift, u16* high, u16* low) {
+    __align__(8) u16 h[4], l[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const float v = x[i] * power_of_2(shift[i]);
+        h[i] = f16::narrow(v);
+        l[i] = f16::narrow(v - f16::wide(h[i]));
+    }
+    *(uint2*)high = *(const uint2*)h;
+    *(uint2*)low = *(const uint2*)l;
+}
+
+// An operand that is k-minor, x [rows, cols], its rows padded with zeros to `ld`, a multiple of 8. One block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    split(u32 cols, u32 ld, u32 keep, const float* __restrict__ x, u16* __restrict__ high, u16* __restrict__ low, int* shift,
+    split_rows(u32 cols, u32 ld, u32 keep, const float* __restrict__ x, u16* __restrict__ high, u16* __restrict__ low, int* shift,
           u32* nonfinite) {
     extern __shared__ __align__(16) float row[];  // [ld] if `keep`: the row is read once
     __shared__ u32 part[BLOCK / 32];
@@ -302,40 +331,70 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     __syncthreads();
     for (u32 i = 0; i < BLOCK / 32; i++) largest = max(largest, part[i]);
     if (threadIdx.x == 0 && largest >= 0x7f800000u) atomicOr(nonfinite, 1u);
-    const int s = min(14 - ((int)(largest >> 23) - 127), 126);
-    const float scale = power_of_2(s);
+    const int s = shift_of(largest), shifts[4] = {s, s, s, s};
     if (threadIdx.x == 0) shift[blockIdx.x] = s;
     pieces<4, 4>(ld, (u32)threadIdx.x, (u32)BLOCK, true, [&](u32 k, bool, u32) {
-        __align__(8) u16 h[4], l[4];
         float v[4];
         const u32 left = k < cols ? cols - k : 0;
         if (keep) *(float4*)v = *(const float4*)&row[k];  // what this thread wrote
         else load<f32>(x + k, aligned && left, left, v);
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-            v[i] *= scale;
-            h[i] = f16::narrow(v[i]);
-            l[i] = f16::narrow(v[i] - f16::wide(h[i]));
-        }
-        *(uint2*)&high[k] = *(const uint2*)h;
-        *(uint2*)&low[k] = *(const uint2*)l;
+        split4(v, shifts, high + k, low + k);
     });
 }
 
-// product nt of what `split` made, K being padded. Nothing is done if *nonfinite: then product_nt_f32 runs.
-extern "C" __global__ void __launch_bounds__(Split::COUNT, 1)
-    product_nt_split(u32 M, u32 N, u32 K, const u16* a_high, const u16* a_low, const int* a_shift, const u16* b_high,
-                     const u16* b_low, const int* b_shift, const u32* nonfinite, const float* bias, const float* mask,
-                     u32 relu, u32 add, float* c) {
-    if (*nonfinite) return;
-    const u16 *a[2] = {a_high, a_low}, *b[2] = {b_high, b_low};
-    Split::Sum sum = {};
-    product_mma<f16, true, true, Split>(M, N, K, a, b, sum);
-    const Finish<f32> finish = {M, N, bias, mask, relu, add, c};
-    finish.tile<TILE, SUM_STRIDE, Split::COUNT>(
-        put_sums<Split>(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x,
-        [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });
+// An operand that is not: a row of it is a column of x [k, cols]. First, largest[col] = the bits of the column's largest
+// magnitude; 0 before. One thread a column and 64 k. Grid: columns / BLOCK, k / 64. A maximum has no order: the result repeats.
+extern "C" __global__ void column_largest(u32 K, u32 cols, const float* __restrict__ x, u32* largest) {
+    const u32 col = blockIdx.x * BLOCK + threadIdx.x, end = min(K, (blockIdx.y + 1) * 64);
+    if (col >= cols) return;
+    u32 v = 0;
+#pragma unroll 8
+    for (u32 k = blockIdx.y * 64; k < end; k++) v = max(v, __float_as_uint(x[(u64)k * cols + col]) & 0x7fffffffu);
+    atomicMax(&largest[col], v);
 }
+
+// Then high and low, padded with zeros to [k of the grid, ld]. One thread four columns of a k. Grid: k, ld / 4 / BLOCK.
+extern "C" __global__ void split_columns(u32 K, u32 cols, u32 ld, const float* __restrict__ x,
+                                         const u32* __restrict__ largest, u16* __restrict__ high, u16* __restrict__ low,
+                                         int* __restrict__ shift, u32* nonfinite) {
+    const u32 k = blockIdx.x, col = (blockIdx.y * BLOCK + threadIdx.x) * 4, left = col < cols ? cols - col : 0;
+    if (col >= ld) return;
+    float v[4];
+    int s[4];
+    const u32 there = k < K ? left : 0;
+    load<f32>(x + (u64)k * cols + col, cols % 4 == 0 && there, there, v);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const u32 of = i < left ? largest[col + i] : 0;
+        s[i] = shift_of(of);
+        if (k == 0 && i < left) {
+            shift[col + i] = s[i];
+            if (of >= 0x7f800000u) atomicOr(nonfinite, 1u);
+        }
+    }
+    const u64 at = (u64)k * ld + col;
+    split4(v, s, high + at, low + at);
+}
+
+// A product of what was split, in each layout, M, N and K being those of padded operands; of c [rows, cols] are stored. Nothing
+// is done if *nonfinite: then the float32 product runs.
+#define SPLIT(NAME, A_K, B_K)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(Split::COUNT, 1)                                                      \
+        NAME(u32 M, u32 N, u32 K, u32 rows, u32 cols, const u16* a_high, const u16* a_low, const int* a_shift,         \
+             const u16* b_high, const u16* b_low, const int* b_shift, const u32* nonfinite, const float* bias,         \
+             const float* mask, u32 relu, u32 add, float* c) {                                                         \
+        if (*nonfinite) return;                                                                                        \
+        const u16 *a[2] = {a_high, a_low}, *b[2] = {b_high, b_low};                                                    \
+        Split::Sum sum = {};                                                                                           \
+        product_mma<f16, A_K, B_K, Split>(M, N, K, a, b, sum);                                                         \
+        const Finish<f32> finish = {rows, cols, bias, mask, relu, add, c};                                             \
+        finish.tile<TILE, SUM_STRIDE, Split::COUNT>(                                                                   \
+            put_sums<Split>(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x,                             \
+            [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });                                \
+    }
+SPLIT(product_nt_split, true, true)
+SPLIT(product_nn_split, true, false)
+SPLIT(product_tn_split, false, false)
 
 #define FFMA(NAME, A_K, B_K)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \

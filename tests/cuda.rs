@@ -6,7 +6,7 @@
 mod primitives;
 mod standin;
 
-use crosscoder::autodiff::{Parameters, Tape};
+use crosscoder::autodiff::{Parameters, Tape, Var};
 use crosscoder::backend::cuda::{Cuda, Latents, Matrix, Product};
 use crosscoder::backend::{AdamStep, Backend, Cpu, Write};
 use crosscoder::golden::{Case, Outcome};
@@ -228,9 +228,21 @@ impl<B: Backend<Scalar = f32>> Training<B> {
 
     /// One step on a batch [batch, n_models, d_in]; the loss before it.
     fn step(&mut self, x: &[f32]) -> Result<f32> {
-        let Training { be, shape: [_, models, d], params, grads, m, v, tape, rate, steps } = self;
-        tape.clear();
-        let x = tape.input(x.len() / (*models * *d), *models * *d, x)?;
+        let width = self.shape[1] * self.shape[2];
+        self.tape.clear();
+        let x = self.tape.input(x.len() / width, width, x)?;
+        self.step_from(x)
+    }
+
+    /// The same of a batch that is on the device already.
+    fn step_staged(&mut self, x: &mut B::Matrix) -> Result<f32> {
+        self.tape.clear();
+        let x = self.tape.staged(x)?;
+        self.step_from(x)
+    }
+
+    fn step_from(&mut self, x: Var) -> Result<f32> {
+        let Training { be, shape: [_, models, _], params, grads, m, v, tape, rate, steps } = self;
         let acts = tape.encode(params, x)?;
         let rec = tape.decode(params, acts)?;
         let l2 = tape.squared_error(rec, x)?;
@@ -260,8 +272,8 @@ impl<B: Backend<Scalar = f32>> Training<B> {
     }
 }
 
-/// A few training steps; the losses, and the parameters at the end.
-fn train<B: Backend<Scalar = f32>>(be: &B, steps: usize) -> (Vec<f32>, Vec<Vec<f64>>) {
+/// A few training steps, each batch coming up beside the step before if `ahead`; the losses, and the parameters at the end.
+fn train<B: Backend<Scalar = f32>>(be: &B, steps: usize, ahead: bool) -> (Vec<f32>, Vec<Vec<f64>>) {
     let ([batch, h, models, d], mut rng) = ([37, 150, 2, 20], Rng(17));
     let k = models * d;
     let mut scaled = |n, scale| rng.vec(n).into_iter().map(|v| (v * scale) as f32).collect::<Vec<_>>();
@@ -272,7 +284,23 @@ fn train<B: Backend<Scalar = f32>>(be: &B, steps: usize) -> (Vec<f32>, Vec<Vec<f
         b_dec: scaled(k, 0.1),
     };
     let mut training = Training::new(be, [h, models, d], weights).unwrap();
-    let losses = (0..steps).map(|_| training.step(&scaled(batch * k, 1.0)).unwrap()).collect();
+    let batches: Vec<_> = (0..steps).map(|_| scaled(batch * k, 1.0)).collect();
+    let (mut x, mut next) = <(B::Matrix, B::Matrix)>::default();
+    let step = |(i, acts): (usize, &Vec<f32>)| {
+        if !ahead {
+            return training.step(acts).unwrap();
+        }
+        if i == 0 {
+            be.fill(batch, k, acts, &mut x).unwrap();
+        }
+        let loss = std::thread::scope(|scope| {
+            scope.spawn(|| batches.get(i + 1).map(|acts| be.fill(batch, k, acts, &mut next).unwrap()));
+            training.step_staged(&mut x).unwrap()
+        });
+        std::mem::swap(&mut x, &mut next);
+        loss
+    };
+    let losses = batches.iter().enumerate().map(step).collect();
     (losses, training.params.each().iter().map(|p| values(be, p)).collect())
 }
 
@@ -282,9 +310,9 @@ fn training_steps_agree_with_the_cpu_and_repeat_bit_for_bit() {
         return;
     }
     for dtype in [Dtype::F32, Dtype::BF16] {
-        let (cpu_losses, cpu_params) = train(&Cpu::<f32>::new(dtype), 5);
+        let (cpu_losses, cpu_params) = train(&Cpu::<f32>::new(dtype), 5, false);
         for (name, be) in two_variants(dtype) {
-            let (losses, params) = train(&be, 5);
+            let (losses, params) = train(&be, 5, false);
             let tolerance = if dtype == Dtype::F32 { 1e-5 } else { 2e-2 };
             for (ours, cpu) in losses.iter().zip(&cpu_losses) {
                 assert!((ours - cpu).abs() <= tolerance * cpu.abs(), "{name}: {losses:?}, on the CPU {cpu_losses:?}");
@@ -292,7 +320,7 @@ fn training_steps_agree_with_the_cpu_and_repeat_bit_for_bit() {
             for (ours, cpu) in params.iter().flatten().zip(cpu_params.iter().flatten()) {
                 assert!((ours - cpu).abs() <= f64::from(tolerance), "{name}: {ours}, on the CPU {cpu}");
             }
-            assert_eq!(train(&be, 5), (losses, params), "{name}, a second time");
+            assert_eq!(train(&be, 5, true), (losses, params), "{name}, a second time, batches coming up beside steps");
         }
     }
 }
@@ -325,7 +353,7 @@ fn split_products_err_no_more_than_float32() {
 fn error_of_two(half: Dtype, k: usize, x: &[f64], w: &[f64]) -> f64 {
     let split = |row: &[f64]| -> Vec<[f64; 2]> {
         let largest = row.iter().fold(0f64, |a, v| a.max(v.abs()));
-        // As `split` in ptx/product.cu; bfloat16 has float32's range and needs no scale.
+        // As `shift_of` in ptx/product.cu; bfloat16 has float32's range and needs no scale.
         let scale = if half == Dtype::F16 { 2f64.powi(14 - largest.log2().floor() as i32) } else { 1.0 };
         let parts = |v: &f64| {
             let v = f64::from(*v as f32) * scale;
@@ -375,9 +403,9 @@ fn copies_that_run_early_change_nothing() {
     }
     // The stand-in runs streams late. Here copies to the device run as early as their waits allow.
     let be = cuda(Dtype::F32);
-    let late = train(&be, 4);
+    let late = train(&be, 4, true);
     standin::eager_copies(true);
-    let early = train(&be, 4);
+    let early = train(&be, 4, true);
     standin::eager_copies(false);
     assert_eq!(late, early);
 }
@@ -489,11 +517,17 @@ fn benchmark() {
         row
     };
     let with_bias = |be: &Cuda, bias: f32| be.upload(1, h, Values::F32(vec![bias; h])).unwrap();
+    // The next batch comes up from the host beside a step, as in a run.
     let step = |training: &mut Training<Cuda>, runs: u32| {
-        let mut turn = 0;
+        let (be, mut turn, mut x, mut next) = (training.be.clone(), 0, Matrix::default(), Matrix::default());
+        be.fill(batch, k, &batches[0], &mut x).unwrap();
         let time = seconds(runs, || {
-            training.step(&batches[turn % 2]).unwrap();
             turn += 1;
+            std::thread::scope(|scope| {
+                scope.spawn(|| be.fill(batch, k, &batches[turn % 2], &mut next).unwrap());
+                training.step_staged(&mut x).unwrap();
+            });
+            std::mem::swap(&mut x, &mut next);
         });
         time * 1e3
     };

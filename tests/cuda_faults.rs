@@ -109,7 +109,7 @@ fn a_missing_barrier_is_found() {
         ("product_nt_f32", encode_f32, 1),
         ("product_nt_f16", encode_f16, 0),
         ("product_nt_split", encode_split, 0),
-        ("split", encode_split, 0),
+        ("split_rows", encode_split, 0),
         ("gather_f32", decode, 0),
         ("support_fill_f32", decode, 0),
         ("norm_parts_f32", encode_f32, 1),

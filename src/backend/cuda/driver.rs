@@ -14,6 +14,7 @@
 mod forward;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::threads;
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaError;
@@ -656,31 +657,27 @@ impl Slot {
 }
 
 /// Calls `f(at, from, to)` for pieces of both slices, `at` being where they begin, on as many threads as are of use: one
-/// core copies some 10 GB/s, a batch is some 100 MB and the device waits for it. Pieces are so small that the first is on its
-/// way soon.
+/// core copies some 10 GB/s, a batch is some 100 MB. Pieces are so small that the first is on its way soon.
 fn in_pieces<T: Send>(
     from: &[f32],
     to: &mut [T],
     f: impl Fn(usize, &[f32], &mut [T]) -> Result<()> + Sync,
 ) -> Result<()> {
     const PIECE: usize = 1 << 19;
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8)).min(from.len().div_ceil(PIECE));
-    let pieces = Mutex::new(from.chunks(PIECE).zip(to.chunks_mut(PIECE)).enumerate());
-    let work = || {
-        loop {
-            let next = lock(&pieces).next();
-            let Some((i, (from, to))) = next else { return Ok(()) };
-            f(i * PIECE, from, to)?;
-        }
-    };
-    std::thread::scope(|scope| {
-        // A thread that cannot be started leaves its pieces to the others.
-        let others: Vec<_> =
-            (1..threads).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
-        let ours = work();
-        let theirs = others.into_iter().map(|thread| thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
-        theirs.fold(ours, Result::and)
-    })
+    let threads = threads::available().min(8).min(from.len().div_ceil(PIECE));
+    let pieces = from.chunks(PIECE).zip(to.chunks_mut(PIECE)).enumerate();
+    let failure = Mutex::new(Ok(()));
+    threads::for_each(
+        threads,
+        pieces,
+        || (),
+        |_, (i, (from, to))| {
+            if let Err(e) = f(i * PIECE, from, to) {
+                *lock(&failure) = Err(e);
+            }
+        },
+    );
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The kernels of a PTX text, and for each the sizes of its parameters.
