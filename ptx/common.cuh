@@ -63,10 +63,52 @@ __device__ __forceinline__ void load(const typename E::T* p, bool whole, u32 lef
     }
 }
 
+// r(v[i]) for LANES elements from p on; `whole` and `left` as for load.
+template <class E>
+__device__ __forceinline__ void store(typename E::T* p, bool whole, u32 left, const float* v) {
+    typename E::T out[E::LANES];
+#pragma unroll
+    for (u32 i = 0; i < E::LANES; i++) out[i] = E::narrow(v[i]);
+    if (whole) {
+        *(uint4*)p = *(const uint4*)out;
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < E::LANES; i++)
+            if (i < left) p[i] = out[i];
+    }
+}
+
+// Calls f(i, whole, left) for this thread's pieces, of L of n elements each, `stride` pieces apart, AHEAD of them at a
+// time: `left` elements exist from i on, all L of them at 16 bytes if `whole`.
+template <u32 L, u32 AHEAD, class N, class F>
+__device__ __forceinline__ void pieces(N n, N i, N stride, bool aligned, F f) {
+    i *= L, stride *= L;
+    if (AHEAD > 1) {
+#pragma unroll 1
+        for (; aligned && i + stride * (AHEAD - 1) + L <= n; i += stride * AHEAD)
+#pragma unroll
+            for (u32 j = 0; j < AHEAD; j++) f(i + j * stride, true, L);
+    }
+#pragma unroll 1
+    for (; aligned && i + L <= n; i += stride) f(i, true, L);
+#pragma unroll 1
+    for (; i < n; i += stride) f(i, false, (u32)min(n - i, (N)L));
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
     return v;
+}
+
+// v[0] + … + v[L - 1] as a tree.
+template <u32 L>
+__device__ __forceinline__ float lane_sum(float* v) {
+#pragma unroll
+    for (u32 half = L / 2; half; half /= 2)
+#pragma unroll
+        for (u32 l = 0; l < half; l++) v[l] += v[l + half];
+    return v[0];
 }
 
 // The sum over a block of BLOCK threads, the same in each of them.

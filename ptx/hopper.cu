@@ -1,7 +1,7 @@
 // Dense products for Hopper: operands come by the copy engine (TMA), sums are made by wgmma.
 //
-// c[m, n] = Σ_k a[m, k] · b[n, k], finished as Finish in product.cuh says; a [M, K] and b [N, K] are described by
-// tensor maps, which have zeros beyond the ends. A block of three warpgroups makes a tile of 128 × N_TILE: one asks for
+// c[m, n] = Σ_k a(m, k) · b(n, k) in the layouts of product.cu, nt, nn and tn, finished as Finish in product.cuh says; a and b
+// are described by tensor maps, which have zeros beyond the ends. A block of three warpgroups makes a tile of 128 × N_TILE: one asks for
 // tiles of 64 k, STAGES of them in flight, two compute 64 rows each. Grid: tiles of M, tiles of N.
 #include "product.cuh"
 
@@ -40,15 +40,32 @@ __device__ __forceinline__ void fetch(u32 to, const Map* map, u32 barrier, u32 k
                  "[%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row) : "memory");
 }
 
-// Where wgmma finds an operand: rows of 64 elements (128 bytes), 8 rows after each other, swizzled as the copy engine
-// does.
-__device__ __forceinline__ u64 operand(u32 at) {
-    return (u64)((at & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+// An operand's tile in shared memory: boxes of 64 elements (128 bytes) across, swizzled as the copy engine does. K-minor: one
+// box of 64 k across, a row each. Otherwise boxes of 64 rows of the operand across, 64 k down, after each other.
+#define BOX_BYTES (64 * K_TILE * 2)
+
+template <bool K_MINOR, u32 ROWS>
+__device__ __forceinline__ void bring(u32 to, const Map* map, u32 barrier, u32 k, u32 row) {
+    if (K_MINOR) {
+        fetch(to, map, barrier, k, row);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < ROWS / 64; i++) fetch(to + i * BOX_BYTES, map, barrier, row + i * 64, k);
+    }
 }
 
-// d = a · b, added to d if `keep`: [64, n] from 16 k. Asynchronous; d must not be touched before wgmma_finish.
+// Where wgmma finds 16 k of an operand: groups of 8 lines of 128 bytes, 1024 bytes apart; boxes, where there are several,
+// BOX_BYTES apart. `k`: a multiple of 16.
+template <bool K_MINOR>
+__device__ __forceinline__ u64 operand(u32 at, u32 k) {
+    at += K_MINOR ? k * 2 : k * 128;
+    return (u64)((at & 0x3ffff) >> 4) | (u64)(K_MINOR ? 1 : BOX_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// d = a · b, added to d if `keep`: [64, n] from 16 k. A_T, B_T: 1 where an operand is not k-minor. Asynchronous; d must not be touched before wgmma_finish.
 #define WGMMA_128(NAME, TYPE)                                                                                          \
-    __device__ __forceinline__ void NAME(float (&d)[64], u64 a, u64 b, u32 keep) {                                     \
+    template <u32 A_T, u32 B_T>\
+    __device__ __forceinline__ void NAME(float (&d)[64], u64 a, u64 b, u32 keep) {\
         asm volatile(                                                                                                  \
         "{\n.reg .pred keep;\nsetp.ne.b32 keep, %66, 0;\n"                                                             \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                                               \
@@ -58,7 +75,7 @@ __device__ __forceinline__ u64 operand(u32 at) {
         " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"                                                 \
         " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"                                                 \
         " %60, %61, %62, %63},"                                                                                        \
-        " %64, %65, keep, 1, 1, 0, 0;\n}\n"                                                                            \
+        " %64, %65, keep, 1, 1, %67, %68;\n}\n"                                                                            \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),                                      \
           "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),                                    \
           "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),                                \
@@ -70,10 +87,11 @@ __device__ __forceinline__ u64 operand(u32 at) {
           "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),                                \
           "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),                                \
           "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                                                           \
-        : "l"(a), "l"(b), "r"(keep));                                                                                  \
+        : "l"(a), "l"(b), "r"(keep), "n"(A_T), "n"(B_T));                                                                                  \
     }
 #define WGMMA_256(NAME, TYPE)                                                                                          \
-    __device__ __forceinline__ void NAME(float (&d)[128], u64 a, u64 b, u32 keep) {                                    \
+    template <u32 A_T, u32 B_T>\
+    __device__ __forceinline__ void NAME(float (&d)[128], u64 a, u64 b, u32 keep) {\
         asm volatile(                                                                                                  \
         "{\n.reg .pred keep;\nsetp.ne.b32 keep, %130, 0;\n"                                                            \
         "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " "                                               \
@@ -88,7 +106,7 @@ __device__ __forceinline__ u64 operand(u32 at) {
         " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107,"                                         \
         " %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119,"                                     \
         " %120, %121, %122, %123, %124, %125, %126, %127},"                                                            \
-        " %128, %129, keep, 1, 1, 0, 0;\n}\n"                                                                          \
+        " %128, %129, keep, 1, 1, %131, %132;\n}\n"                                                                          \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),                                      \
           "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),                                    \
           "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),                                \
@@ -111,7 +129,7 @@ __device__ __forceinline__ u64 operand(u32 at) {
           "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),                          \
           "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),                          \
           "+f"(d[126]), "+f"(d[127])                                                                                   \
-        : "l"(a), "l"(b), "r"(keep));                                                                                  \
+        : "l"(a), "l"(b), "r"(keep), "n"(A_T), "n"(B_T));                                                                                  \
     }
 WGMMA_128(wgmma_128_f16, "f16")
 WGMMA_256(wgmma_256_f16, "f16")
@@ -119,16 +137,25 @@ WGMMA_256(wgmma_256_bf16, "bf16")
 
 struct Split {
     static constexpr u32 N_TILE = 128, PARTS = 2, STAGES = 3;
-    static __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, u32 keep) { wgmma_128_f16(d, a, b, keep); }
+    template <u32 A_T, u32 B_T>
+    static __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, u32 keep) {
+        wgmma_128_f16<A_T, B_T>(d, a, b, keep);
+    }
 };
 struct Half {
     static constexpr u32 N_TILE = 256, PARTS = 1, STAGES = 4;
 };
 struct HalfF16 : Half {
-    static __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, u32 keep) { wgmma_256_f16(d, a, b, keep); }
+    template <u32 A_T, u32 B_T>
+    static __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, u32 keep) {
+        wgmma_256_f16<A_T, B_T>(d, a, b, keep);
+    }
 };
 struct HalfBf16 : Half {
-    static __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, u32 keep) { wgmma_256_bf16(d, a, b, keep); }
+    template <u32 A_T, u32 B_T>
+    static __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, u32 keep) {
+        wgmma_256_bf16<A_T, B_T>(d, a, b, keep);
+    }
 };
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -144,7 +171,7 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[COUNT]) {
 // P: the shape of the product. With two parts each operand is high and low, as `split` in product.cu makes them; the
 // smallest products come first, and each tile of k is summed apart and added by the ordinary adder, since tensor cores
 // truncate.
-template <class P, class E, class F>
+template <class P, bool A_K, bool B_K, class E, class F>
 __device__ __forceinline__ void product(u32 K, const Map* const* a, const Map* const* b, const Finish<E>& finish, F scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr u32 PARTS = P::PARTS, STAGES = P::STAGES, N_TILE = P::N_TILE, SUMS = N_TILE / 2;
@@ -170,8 +197,8 @@ __device__ __forceinline__ void product(u32 K, const Map* const* a, const Map* c
                 barrier_expect(full(s), STAGE);
 #pragma unroll
                 for (u32 p = 0; p < PARTS; p++) {
-                    fetch(at + p * A_BYTES, a[p], full(s), step * K_TILE, m0);
-                    fetch(at + PARTS * A_BYTES + p * B_BYTES, b[p], full(s), step * K_TILE, n0);
+                    bring<A_K, M_TILE>(at + p * A_BYTES, a[p], full(s), step * K_TILE, m0);
+                    bring<B_K, N_TILE>(at + PARTS * A_BYTES + p * B_BYTES, b[p], full(s), step * K_TILE, n0);
                 }
             }
         }
@@ -186,13 +213,17 @@ __device__ __forceinline__ void product(u32 K, const Map* const* a, const Map* c
             barrier_wait(full(s), step / STAGES & 1);
             wgmma_begin();
 #pragma unroll
-            for (u32 k = 0; k < K_TILE * 2; k += 32) {  // 16 elements, 32 bytes
+            for (u32 k = 0; k < K_TILE; k += 16) {
+                auto multiply = [&](float(&d)[SUMS], u32 a_part, u32 b_part, u32 keep) {
+                    P::template multiply<!A_K, !B_K>(d, operand<A_K>(at + a_part * A_BYTES, k),
+                                                     operand<B_K>(bt + b_part * B_BYTES, k), keep);
+                };
                 if constexpr (PARTS == 1) {
-                    P::multiply(sum, operand(at + k), operand(bt + k), 1);
+                    multiply(sum, 0, 0, 1);
                 } else {
-                    P::multiply(part, operand(at + A_BYTES + k), operand(bt + k), k > 0);
-                    P::multiply(part, operand(at + k), operand(bt + B_BYTES + k), 1);
-                    P::multiply(part, operand(at + k), operand(bt + k), 1);
+                    multiply(part, 1, 0, k > 0);
+                    multiply(part, 0, 1, 1);
+                    multiply(part, 0, 0, 1);
                 }
             }
             wgmma_commit();
@@ -220,24 +251,33 @@ __device__ __forceinline__ void product(u32 K, const Map* const* a, const Map* c
     }
 }
 
-#define HALF(NAME, E, P)                                                                                               \
+#define HALF(NAME, E, P, A_K, B_K)                                                                                     \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)                                                         \
         NAME(u32 M, u32 N, u32 K, const __grid_constant__ Map a, const __grid_constant__ Map b, const u16* bias,       \
              const u16* mask, u32 relu, u32 add, u16* c) {                                                             \
         const Map *as = &a, *bs = &b;                                                                                  \
-        product<P>(K, &as, &bs, Finish<E>{M, N, bias, mask, relu, add, c}, [](u32, u32, float v) { return v; });       \
+        product<P, A_K, B_K>(K, &as, &bs, Finish<E>{M, N, bias, mask, relu, add, c},                                   \
+                             [](u32, u32, float v) { return v; });                                                     \
     }
-HALF(hopper_nt_f16, f16, HalfF16)
-HALF(hopper_nt_bf16, bf16, HalfBf16)
+HALF(hopper_nt_f16, f16, HalfF16, true, true)
+HALF(hopper_nn_f16, f16, HalfF16, true, false)
+HALF(hopper_tn_f16, f16, HalfF16, false, false)
+HALF(hopper_nt_bf16, bf16, HalfBf16, true, true)
+HALF(hopper_nn_bf16, bf16, HalfBf16, true, false)
+HALF(hopper_tn_bf16, bf16, HalfBf16, false, false)
 
-// Nothing is done if *nonfinite: then product_nt_f32 runs.
-extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)
-    hopper_nt_split(u32 M, u32 N, u32 K, const __grid_constant__ Map a_high, const __grid_constant__ Map a_low,
-                    const int* a_shift, const __grid_constant__ Map b_high, const __grid_constant__ Map b_low,
-                    const int* b_shift, const u32* nonfinite, const float* bias, const float* mask, u32 relu, u32 add,
-                    float* c) {
-    if (*nonfinite) return;
-    const Map *a[2] = {&a_high, &a_low}, *b[2] = {&b_high, &b_low};
-    product<Split>(K, a, b, Finish<f32>{M, N, bias, mask, relu, add, c},
-                   [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });
-}
+// Nothing is done if *nonfinite: then the float32 product of the same layout runs.
+#define SPLIT(NAME, A_K, B_K)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)                                                         \
+        NAME(u32 M, u32 N, u32 K, const __grid_constant__ Map a_high, const __grid_constant__ Map a_low,               \
+             const int* a_shift, const __grid_constant__ Map b_high, const __grid_constant__ Map b_low,                \
+             const int* b_shift, const u32* nonfinite, const float* bias, const float* mask, u32 relu, u32 add,        \
+             float* c) {                                                                                               \
+        if (*nonfinite) return;                                                                                        \
+        const Map *a[2] = {&a_high, &a_low}, *b[2] = {&b_high, &b_low};                                                \
+        product<Split, A_K, B_K>(K, a, b, Finish<f32>{M, N, bias, mask, relu, add, c},                                 \
+                                 [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });           \
+    }
+SPLIT(hopper_nt_split, true, true)
+SPLIT(hopper_nn_split, true, false)
+SPLIT(hopper_tn_split, false, false)

@@ -6,6 +6,9 @@
 // atomics, no sorting, always the same order.
 #include "common.cuh"
 
+// Loads that a thread has in flight.
+#define AHEAD 16
+
 // row_bits[b, h/32] and col_bits[b/32, h]: bit h%32 or b%32 is set where dense[b, h] is not 0 (nan is not 0).
 // One warp a tile of 32 × 32. Grid: columns / 32 / (BLOCK / 32), rows / 32.
 template <class E>
@@ -13,11 +16,20 @@ __device__ void support_bits(u32 rows, u32 cols, const typename E::T* dense, u32
     u32 tile = blockIdx.x * (BLOCK / 32) + threadIdx.x / 32, words = (cols + 31) / 32;
     u32 h = tile * 32 + threadIdx.x % 32, b0 = blockIdx.y * 32, column = 0;
     if (tile >= words) return;
-    for (u32 i = 0; i < 32 && b0 + i < rows; i++) {
-        bool on = h < cols && E::wide(dense[(u64)(b0 + i) * cols + h]) != 0.f;
-        u32 row = __ballot_sync(0xffffffffu, on);
-        if (threadIdx.x % 32 == 0) row_bits[(u64)(b0 + i) * words + tile] = row;
-        column |= (u32)on << i;
+#pragma unroll 1
+    for (u32 i0 = 0; i0 < 32; i0 += AHEAD) {
+        float v[AHEAD];
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) {
+            const u32 b = b0 + i0 + i;
+            v[i] = b < rows && h < cols ? E::wide(dense[(u64)b * cols + h]) : 0.f;
+        }
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) {
+            const u32 b = b0 + i0 + i, row = __ballot_sync(0xffffffffu, v[i] != 0.f);
+            if (threadIdx.x % 32 == 0 && b < rows) row_bits[(u64)b * words + tile] = row;
+            column |= (u32)(v[i] != 0.f) << (i0 + i);
+        }
     }
     if (h < cols) col_bits[(u64)blockIdx.y * cols + h] = column;
 }
@@ -52,9 +64,11 @@ extern "C" __global__ void row_counts(u32 words, const u32* row_bits, u32* count
 }
 
 // before[w, h] = the number of bits of column h above row 32·w; counts[h] = of all. One thread a column.
-extern "C" __global__ void column_counts(u32 words, u32 cols, const u32* col_bits, u32* before, u32* counts) {
+extern "C" __global__ void column_counts(u32 words, u32 cols, const u32* __restrict__ col_bits, u32* __restrict__ before,
+                                         u32* __restrict__ counts) {
     u32 h = blockIdx.x * BLOCK + threadIdx.x, n = 0;
     if (h >= cols) return;
+#pragma unroll 16
     for (u32 w = 0; w < words; w++) {
         before[(u64)w * cols + h] = n;
         n += __popc(col_bits[(u64)w * cols + h]);
@@ -63,13 +77,24 @@ extern "C" __global__ void column_counts(u32 words, u32 cols, const u32* col_bit
 }
 
 // starts[i] = Σ_{j < i} counts[j], for i = 0 ..= n. One block.
-extern "C" __global__ void starts(u32 n, const u32* counts, u32* starts) {
+extern "C" __global__ void starts(u32 n, const u32* __restrict__ counts, u32* __restrict__ starts) {
+    constexpr u32 EACH_THREAD = 16;
     __shared__ u32 part[BLOCK / 32];
     u32 base = 0, total;
-    for (u32 i0 = 0; i0 < n; i0 += BLOCK) {
-        u32 i = i0 + threadIdx.x;
-        u32 before = scan_block(i < n ? counts[i] : 0, part, &total);
-        if (i < n) starts[i] = base + before;
+#pragma unroll 1
+    for (u32 i0 = 0; i0 < n; i0 += BLOCK * EACH_THREAD) {
+        const u32 i = i0 + threadIdx.x * EACH_THREAD;
+        u32 v[EACH_THREAD], sum = 0;
+#pragma unroll
+        for (u32 j = 0; j < EACH_THREAD; j++) v[j] = i + j < n ? counts[i + j] : 0;
+#pragma unroll
+        for (u32 j = 0; j < EACH_THREAD; j++) sum += v[j];
+        u32 before = base + scan_block(sum, part, &total);
+#pragma unroll
+        for (u32 j = 0; j < EACH_THREAD; j++) {
+            if (i + j < n) starts[i + j] = before;
+            before += v[j];
+        }
         base += total;
     }
     if (threadIdx.x == 0) starts[n] = base;
@@ -153,56 +178,56 @@ __device__ void gather(u32 rows, u32 cols, const u32* starts, const u32* index, 
         }
     }
     typename E::T* to = out + (u64)blockIdx.x * cols + k;
-    typename E::T store[L];
+    if (bias || add) {
+        load<E>(bias ? bias + k : to, whole, left, v);
 #pragma unroll
-    for (u32 l = 0; l < L; l++) {
-        float s = sum[l];
-        if (bias) {
-            if (l < left) s = r<E>(s) + E::wide(bias[k + l]);
-        } else if (add) {
-            if (l < left) s = E::wide(to[l]) + r<E>(s);
-        }
-        store[l] = E::narrow(s);
+        for (u32 l = 0; l < L; l++) sum[l] = r<E>(sum[l]) + v[l];
     }
-    if (whole) {
-        *(uint4*)to = *(uint4*)store;
-    } else {
+    store<E>(to, whole, left, sum);
+}
+
+// parts[t, e] = Σ_k d[b, k] · w[columns[e], k] over the WIDTH columns of tile t, for the entries e of row b. One block a
+// row and a tile, one warp an entry at a time. Grid: rows first, so that the blocks that run together read the same tile
+// of w, which stays in L2.
+template <class E>
+__device__ void latents_grad_parts(u32 cols, u32 entries, const u32* starts, const u32* columns, const typename E::T* d,
+                                   const typename E::T* w, float* parts) {
+    constexpr u32 L = E::LANES, WIDTH = BLOCK * L, PIECES = WIDTH / (32 * L);
+    const u32 lane = threadIdx.x % 32, end = starts[blockIdx.x + 1], k0 = blockIdx.y * WIDTH + lane * L;
+    const bool aligned = cols % L == 0;
+    float x[PIECES][L];
 #pragma unroll
-        for (u32 l = 0; l < L; l++)
-            if (l < left) to[l] = store[l];
+    for (u32 p = 0; p < PIECES; p++) {
+        const u32 k = k0 + p * 32 * L, left = k < cols ? cols - k : 0;
+        load<E>(d + (u64)blockIdx.x * cols + k, aligned && left, left, x[p]);
+    }
+    parts += (u64)blockIdx.y * entries;
+    for (u32 e = starts[blockIdx.x] + threadIdx.x / 32; e < end; e += BLOCK / 32) {
+        const typename E::T* row = w + (u64)columns[e] * cols;
+        float sum[L] = {}, y[L];
+#pragma unroll
+        for (u32 p = 0; p < PIECES; p++) {
+            const u32 k = k0 + p * 32 * L, left = k < cols ? cols - k : 0;
+            load<E>(row + k, aligned && left, left, y);
+#pragma unroll
+            for (u32 l = 0; l < L; l++) sum[l] = fmaf(x[p][l], y[l], sum[l]);
+        }
+        const float s = warp_sum(lane_sum<L>(sum));
+        if (lane == 0) parts[e] = s;
     }
 }
 
-// out[e] = r(Σ_k d[b, k] · w[columns[e], k]) for the entries e of row b where values[e] > 0 or nan, else 0; added to
-// out if `add`. One block a row, one warp an entry at a time.
+// out[e] = r(Σ_t parts[t, e]) for the entries e where values[e] > 0 or nan, else 0; added to out if `add`. One thread an
+// entry.
 template <class E>
-__device__ void latents_grad(u32 cols, const u32* starts, const u32* columns, const typename E::T* values,
-                             const typename E::T* d, const typename E::T* w, u32 add, typename E::T* out) {
-    constexpr u32 L = E::LANES;
-    u32 lane = threadIdx.x % 32, end = starts[blockIdx.x + 1];
-    bool aligned = cols % L == 0;
-    d += (u64)blockIdx.x * cols;
-    for (u32 e = starts[blockIdx.x] + threadIdx.x / 32; e < end; e += BLOCK / 32) {
-        const typename E::T* row = w + (u64)columns[e] * cols;
-        float sum[L] = {};
-#pragma unroll 4
-        for (u32 k = lane * L; k < cols; k += 32 * L) {
-            float x[L], y[L];
-            load<E>(d + k, aligned, cols - k, x);
-            load<E>(row + k, aligned, cols - k, y);
-#pragma unroll
-            for (u32 l = 0; l < L; l++) sum[l] = fmaf(x[l], y[l], sum[l]);
-        }
-#pragma unroll
-        for (u32 half = L / 2; half; half /= 2)
-#pragma unroll
-            for (u32 l = 0; l < half; l++) sum[l] += sum[l + half];
-        float s = warp_sum(sum[0]);
-        if (lane == 0) {
-            bool stopped = E::wide(values[e]) <= 0.f;
-            out[e] = E::narrow(stopped ? 0.f : add ? E::wide(out[e]) + r<E>(s) : s);
-        }
-    }
+__device__ void latents_grad_total(u32 tiles, u32 entries, const float* __restrict__ parts,
+                                   const typename E::T* __restrict__ values, u32 add, typename E::T* __restrict__ out) {
+    const u32 e = blockIdx.x * BLOCK + threadIdx.x;
+    if (e >= entries) return;
+    float s = 0.f;
+    for (u32 t = 0; t < tiles; t++) s += parts[(u64)t * entries + e];
+    const bool stopped = E::wide(values[e]) <= 0.f;
+    out[e] = E::narrow(stopped ? 0.f : add ? E::wide(out[e]) + r<E>(s) : s);
 }
 
 // out[h] = r(Σ_b v(latents[b, h])) by the places of column h; v(a) = r(g · a) if `scaled`, else a. One warp a column.
@@ -285,16 +310,20 @@ __device__ void active_counts(u32 cols, const u32* starts, const typename E::T* 
                                            E::T* out) {                                                                \
         scatter<E>(cols, starts, columns, values, out);                                                                \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 8) \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 8)                                                             \
         gather_##E(u32 rows, u32 cols, const u32* starts, const u32* index, const u32* entries,                        \
                    const E::T* __restrict__ values, const E::T* __restrict__ m, const u32* nonfinite,                  \
                    const E::T* __restrict__ bias, u32 add, E::T* __restrict__ out) {                                   \
         gather<E>(rows, cols, starts, index, entries, values, m, nonfinite, bias, add, out);                           \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 8) \
-        latents_grad_##E(u32 cols, const u32* starts, const u32* columns, const E::T* __restrict__ values,             \
-                         const E::T* __restrict__ d, const E::T* __restrict__ w, u32 add, E::T* __restrict__ out) {    \
-        latents_grad<E>(cols, starts, columns, values, d, w, add, out);                                                \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                             \
+        latents_grad_parts_##E(u32 cols, u32 entries, const u32* __restrict__ starts, const u32* __restrict__ columns, \
+                               const E::T* __restrict__ d, const E::T* __restrict__ w, float* __restrict__ parts) {    \
+        latents_grad_parts<E>(cols, entries, starts, columns, d, w, parts);                                            \
+    }                                                                                                                  \
+    extern "C" __global__ void latents_grad_total_##E(u32 tiles, u32 entries, const float* parts, const E::T* values,  \
+                                                      u32 add, E::T* out) {                                            \
+        latents_grad_total<E>(tiles, entries, parts, values, add, out);                                                \
     }                                                                                                                  \
     extern "C" __global__ void support_column_sums_##E(u32 cols, const u32* col_starts, const u32* col_entries,        \
                                                        const E::T* values, u32 scaled, float g, E::T* out) {           \

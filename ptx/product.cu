@@ -2,11 +2,10 @@
 //
 // c[m, n] = Σ_k a(m, k) · b(n, k). Layouts: `nt`, a [M, K] and b [N, K] (encode, latents gradient); `nn`, a [M, K] and
 // b [K, N] (decode); `tn`, a [K, M] and b [K, N] (weight gradients). All row-major and dense. What a block stores is
-// finished as Finish in product.cuh says. A block of 256 threads makes a tile of 128 × 128. Grid: tiles of M, tiles of
-// N.
+// finished as Finish in product.cuh says. A block makes a tile of 128 × 128. Grid: tiles of M, tiles of N.
 #include "product.cuh"
 
-#define THREADS 256
+#define THREADS 256  // of a block that makes a float32 product
 #define TILE 128
 
 // ---- float32 ---------------------------------------------------------------------------------------------------------
@@ -138,13 +137,14 @@ __device__ __forceinline__ u32 place(u32 major, u32 chunk) {
     return K_MINOR ? major * 4 + (chunk ^ (major / 2 & 3)) : major * 16 + (chunk ^ (major & 7));
 }
 
-// Copies the tile of rows from row0 on and k from k0 on. Where rows are no multiple of 16 bytes, element by element.
-template <bool K_MINOR>
+// Copies the tile of rows from row0 on and k from k0 on, by COUNT threads. Where rows are no multiple of 16 bytes, element by
+// element.
+template <bool K_MINOR, u32 COUNT>
 __device__ __forceinline__ void stage(u16* tile, const u16* p, u32 rows, u32 K, u32 row0, u32 k0) {
     const u32 minor = K_MINOR ? K : rows, majors = K_MINOR ? rows : K;
 #pragma unroll
-    for (u32 i = 0; i < 512 / THREADS; i++) {
-        const u32 id = threadIdx.x + i * THREADS;
+    for (u32 i = 0; i < 512 / COUNT; i++) {
+        const u32 id = threadIdx.x + i * COUNT;
         const u32 row = K_MINOR ? id / 4 : id / 16, chunk = K_MINOR ? id % 4 : id % 16;
         const u32 major = (K_MINOR ? row0 : k0) + row, at = (K_MINOR ? k0 : row0) + chunk * 8;
         u16* to = tile + place<K_MINOR>(row, chunk) * 8;
@@ -159,24 +159,37 @@ __device__ __forceinline__ void stage(u16* tile, const u16* p, u32 rows, u32 K, 
     }
 }
 
-// The sum of one block in the tensor cores' layout: 8 warps of 64 × 32; warp tile [4][4] of 16 × 8. PARTS 2: each
-// operand is two terms, high and low, and three of the four products are made, the smallest first; STAGES tiles of k
-// are in flight.
+// How a block makes a product by tensor cores: each warp makes 64 × N of the tile, as [4][N / 8] pieces of 16 × 8; each
+// operand is the sum of so many parts; so many tiles of k are in flight.
+template <u32 N, u32 PARTS_, u32 STAGES_>
+struct Way {
+    static constexpr u32 PARTS = PARTS_, STAGES = STAGES_, WARP_N = N, ACROSS = TILE / N, COUNT = 2 * ACROSS * 32;
+    typedef float Sum[4][N / 8][4];
+    static __device__ __forceinline__ u32 warp_m() { return threadIdx.x / 32 / ACROSS * 64; }
+    static __device__ __forceinline__ u32 warp_n() { return threadIdx.x / 32 % ACROSS * N; }
+};
+// A warp that makes 64 × 64 reads the least from shared memory; where products have parts, that takes too many registers.
+typedef Way<64, 1, 4> Whole;
+typedef Way<32, 2, 3> Split;
+
+// The sum of one block in the tensor cores' layout. With two parts, high and low, three of the four products are made, the
+// smallest first.
 //
 // The tensor cores do not round sums to nearest. With two parts, where that would show, the sum of each tile of k is
 // made apart and added by the ordinary adder.
-template <class E, bool A_K, bool B_K, u32 PARTS, u32 STAGES>
+template <class E, bool A_K, bool B_K, class W>
 __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* const* a, const u16* const* b,
-                                            float (&sum)[4][4][4]) {
+                                            typename W::Sum& sum) {
     extern __shared__ __align__(16) u16 tiles[];  // [STAGES][a's parts, b's parts][512 · 8]
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 4 * 64, wn = warp % 4 * 32;
+    constexpr u32 PARTS = W::PARTS, STAGES = W::STAGES, PIECES = W::WARP_N / 8;
+    const u32 lane = threadIdx.x % 32, wm = W::warp_m(), wn = W::warp_n();
     const u32 m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, steps = (K + KTILE - 1) / KTILE;
     auto tile = [&](u32 s, u32 i) { return tiles + (s * 2 * PARTS + i) * 512 * 8; };
     auto load = [&](u32 s, u32 step) {
 #pragma unroll
         for (u32 p = 0; p < PARTS; p++) {
-            stage<A_K>(tile(s, p), a[p], M, K, m0, step * KTILE);
-            stage<B_K>(tile(s, PARTS + p), b[p], N, K, n0, step * KTILE);
+            stage<A_K, W::COUNT>(tile(s, p), a[p], M, K, m0, step * KTILE);
+            stage<B_K, W::COUNT>(tile(s, PARTS + p), b[p], N, K, n0, step * KTILE);
         }
     };
 #pragma unroll
@@ -184,73 +197,89 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
         if (s < steps) load(s, s);
         commit();
     }
-    for (u32 step = 0; step < steps; step++) {
-        wait<STAGES - 2>();
-        __syncthreads();  // the tile is there, and all are done with the one that is overwritten next
-        if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES, step + STAGES - 1);
-        commit();
-        float part[4][4][4];
-        float(&to)[4][4][4] = PARTS == 1 ? sum : part;
-        if (PARTS > 1)
+    // Two sets of registers take turns: one is multiplied while the other is loaded.
+    u32 x[2][PARTS][4][4], y[2][PARTS][PIECES / 2][4];
+    auto fetch = [&](u32 step, u32 k, u32 to) {
 #pragma unroll
-            for (u32 i = 0; i < 64; i++) part[i / 16][i / 4 % 4][i % 4] = 0.f;
+        for (u32 p = 0; p < PARTS; p++) {
+            const u16 *at = tile(step % STAGES, p), *bt = tile(step % STAGES, PARTS + p);
 #pragma unroll
-        for (u32 k = 0; k < KTILE / 16; k++) {
-            u32 x[PARTS][4][4], y[PARTS][2][4];
-#pragma unroll
-            for (u32 p = 0; p < PARTS; p++) {
-                const u16 *at = tile(step % STAGES, p), *bt = tile(step % STAGES, PARTS + p);
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    const u32 m = wm + i * 16;
-                    if (A_K) ldmatrix(x[p][i], shared(at + place<true>(m + lane % 16, k * 2 + lane / 16) * 8));
-                    else
-                        ldmatrix_t(x[p][i], shared(at + place<false>(k * 16 + lane / 16 * 8 + lane % 8,
+            for (u32 i = 0; i < 4; i++) {
+                const u32 m = wm + i * 16;
+                if (A_K) ldmatrix(x[to][p][i], shared(at + place<true>(m + lane % 16, k * 2 + lane / 16) * 8));
+                else
+                    ldmatrix_t(x[to][p][i], shared(at + place<false>(k * 16 + lane / 16 * 8 + lane % 8,
                                                                      m / 8 + lane / 8 % 2) * 8));
-                }
-#pragma unroll
-                for (u32 j = 0; j < 2; j++) {
-                    const u32 n = wn + j * 16;
-                    if (B_K)
-                        ldmatrix(y[p][j], shared(bt + place<true>(n + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 8));
-                    else ldmatrix_t(y[p][j], shared(bt + place<false>(k * 16 + lane % 16, n / 8 + lane / 16) * 8));
-                }
             }
 #pragma unroll
-            for (u32 i = 0; i < 4; i++)
+            for (u32 j = 0; j < PIECES / 2; j++) {
+                const u32 n = wn + j * 16;
+                if (B_K)
+                    ldmatrix(y[to][p][j], shared(bt + place<true>(n + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 8));
+                else ldmatrix_t(y[to][p][j], shared(bt + place<false>(k * 16 + lane % 16, n / 8 + lane / 16) * 8));
+            }
+        }
+    };
+    auto multiply = [&](typename W::Sum& to, u32 f) {
 #pragma unroll
-                for (u32 j = 0; j < 4; j++) {
-                    const u32 h = j % 2 * 2;
-                    if (PARTS > 1) {
-                        mma(E(), to[i][j], x[PARTS - 1][i], &y[0][j / 2][h]);
-                        mma(E(), to[i][j], x[0][i], &y[PARTS - 1][j / 2][h]);
-                    }
-                    mma(E(), to[i][j], x[0][i], &y[0][j / 2][h]);
+        for (u32 i = 0; i < 4; i++)
+#pragma unroll
+            for (u32 j = 0; j < PIECES; j++) {
+                const u32 h = j % 2 * 2;
+                if (PARTS > 1) {
+                    mma(E(), to[i][j], x[f][PARTS - 1][i], &y[f][0][j / 2][h]);
+                    mma(E(), to[i][j], x[f][0][i], &y[f][PARTS - 1][j / 2][h]);
                 }
+                mma(E(), to[i][j], x[f][0][i], &y[f][0][j / 2][h]);
+            }
+    };
+    wait<STAGES - 2>();
+    __syncthreads();  // the first tile is there
+    if (steps) fetch(0, 0, 0);
+    for (u32 step = 0; step < steps; step++) {
+        // All are done with the tile before this one.
+        if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES, step + STAGES - 1);
+        commit();
+        typename W::Sum part;
+        typename W::Sum& to = PARTS == 1 ? sum : part;
+        if (PARTS > 1)
+#pragma unroll
+            for (u32 i = 0; i < 16 * PIECES; i++) part[i / (4 * PIECES)][i / 4 % PIECES][i % 4] = 0.f;
+#pragma unroll
+        for (u32 k = 0; k < KTILE / 16; k++) {
+            if (k + 1 < KTILE / 16) {
+                fetch(step, k + 1, (k + 1) % 2);
+            } else {
+                wait<STAGES - 2>();
+                __syncthreads();  // the next tile is there, and all are done with this one
+                if (step + 1 < steps) fetch(step + 1, 0, 0);
+            }
+            multiply(to, k % 2);
         }
         if (PARTS > 1)
 #pragma unroll
-            for (u32 i = 0; i < 64; i++) sum[i / 16][i / 4 % 4][i % 4] += part[i / 16][i / 4 % 4][i % 4];
+            for (u32 i = 0; i < 16 * PIECES; i++)
+                sum[i / (4 * PIECES)][i / 4 % PIECES][i % 4] += part[i / (4 * PIECES)][i / 4 % PIECES][i % 4];
     }
 }
 
-// The sums of a block in shared memory, rows SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
+// The sums of a block in shared memory, where the tiles were: since the last barrier nobody reads them or waits for one. Rows
+// are SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
 // half a warp writes at a time lie in different banks.
 #define SUM_STRIDE (TILE + 8)
 
-__device__ __forceinline__ const float* put_sums(const float (&sum)[4][4][4]) {
+template <class W>
+__device__ __forceinline__ const float* put_sums(const typename W::Sum& sum) {
     extern __shared__ __align__(16) u16 tiles[];
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 lane = threadIdx.x % 32;
     float* sums = (float*)tiles;
-    wait<0>();
-    __syncthreads();  // all are done with the tiles
 #pragma unroll
     for (u32 i = 0; i < 4; i++)
 #pragma unroll
-        for (u32 j = 0; j < 4; j++)
+        for (u32 j = 0; j < W::WARP_N / 8; j++)
 #pragma unroll
             for (u32 e = 0; e < 2; e++) {
-                const u32 m = warp / 4 * 64 + i * 16 + lane / 4 + e * 8, n = warp % 4 * 32 + j * 8 + lane % 4 * 2;
+                const u32 m = W::warp_m() + i * 16 + lane / 4 + e * 8, n = W::warp_n() + j * 8 + lane % 4 * 2;
                 *(float2*)&sums[m * SUM_STRIDE + n] = make_float2(sum[i][j][e * 2], sum[i][j][e * 2 + 1]);
             }
     __syncthreads();
@@ -259,49 +288,113 @@ __device__ __forceinline__ const float* put_sums(const float (&sum)[4][4][4]) {
 
 // ---- float32 as two float16 ------------------------------------------------------------------------------------------
 
-// For each row, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
+// For each row of an operand, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
 // [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by
 // some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
-// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. Rows are padded with zeros to `ld`, a multiple of
-// 8. *nonfinite is set if an element is not finite. One block a row.
+// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. *nonfinite is
+// set if an element is not finite.
+__device__ __forceinline__ int shift_of(u32 largest) { return min(14 - ((int)(largest >> 23) - 127), 126); }
+
+__device__ __forceinline__ void split4(const float* x, const int* shift, u16* high, u16* low) {
+    __align__(8) u16 h[4], l[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const float v = x[i] * power_of_2(shift[i]);
+        h[i] = f16::narrow(v);
+        l[i] = f16::narrow(v - f16::wide(h[i]));
+    }
+    *(uint2*)high = *(const uint2*)h;
+    *(uint2*)low = *(const uint2*)l;
+}
+
+// An operand that is k-minor, x [rows, cols], its rows padded with zeros to `ld`, a multiple of 8. One block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    split(u32 cols, u32 ld, const float* __restrict__ x, u16* __restrict__ high, u16* __restrict__ low, int* shift,
+    split_rows(u32 cols, u32 ld, u32 keep, const float* __restrict__ x, u16* __restrict__ high, u16* __restrict__ low, int* shift,
           u32* nonfinite) {
+    extern __shared__ __align__(16) float row[];  // [ld] if `keep`: the row is read once
     __shared__ u32 part[BLOCK / 32];
+    const bool aligned = cols % 4 == 0;
     x += (u64)blockIdx.x * cols;
     high += (u64)blockIdx.x * ld;
     low += (u64)blockIdx.x * ld;
     u32 largest = 0;  // magnitudes order as their bits do
-    for (u32 k = threadIdx.x; k < cols; k += BLOCK) largest = max(largest, __float_as_uint(x[k]) & 0x7fffffffu);
+    pieces<4, 4>(ld, (u32)threadIdx.x, (u32)BLOCK, true, [&](u32 k, bool, u32) {
+        float v[4];
+        const u32 left = k < cols ? cols - k : 0;
+        load<f32>(x + k, aligned && left, left, v);
+        if (keep) *(float4*)&row[k] = *(const float4*)v;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+    });
     for (u32 o = 16; o; o >>= 1) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, o));
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = largest;
     __syncthreads();
     for (u32 i = 0; i < BLOCK / 32; i++) largest = max(largest, part[i]);
     if (threadIdx.x == 0 && largest >= 0x7f800000u) atomicOr(nonfinite, 1u);
-    const int s = min(14 - ((int)(largest >> 23) - 127), 126);
+    const int s = shift_of(largest), shifts[4] = {s, s, s, s};
     if (threadIdx.x == 0) shift[blockIdx.x] = s;
-    for (u32 k = threadIdx.x; k < ld; k += BLOCK) {
-        float v = k < cols ? x[k] * power_of_2(s) : 0.f;
-        u16 h = f16::narrow(v);
-        high[k] = h;
-        low[k] = f16::narrow(v - f16::wide(h));
-    }
+    pieces<4, 4>(ld, (u32)threadIdx.x, (u32)BLOCK, true, [&](u32 k, bool, u32) {
+        float v[4];
+        const u32 left = k < cols ? cols - k : 0;
+        if (keep) *(float4*)v = *(const float4*)&row[k];  // what this thread wrote
+        else load<f32>(x + k, aligned && left, left, v);
+        split4(v, shifts, high + k, low + k);
+    });
 }
 
-// product nt of what `split` made, K being padded. Nothing is done if *nonfinite: then product_nt_f32 runs.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    product_nt_split(u32 M, u32 N, u32 K, const u16* a_high, const u16* a_low, const int* a_shift, const u16* b_high,
-                     const u16* b_low, const int* b_shift, const u32* nonfinite, const float* bias, const float* mask,
-                     u32 relu, u32 add, float* c) {
-    if (*nonfinite) return;
-    const u16 *a[2] = {a_high, a_low}, *b[2] = {b_high, b_low};
-    float sum[4][4][4] = {};
-    product_mma<f16, true, true, 2, 3>(M, N, K, a, b, sum);
-    const Finish<f32> finish = {M, N, bias, mask, relu, add, c};
-    finish.tile<TILE, SUM_STRIDE, THREADS>(
-        put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x,
-        [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });
+// An operand that is not: a row of it is a column of x [k, cols]. First, largest[col] = the bits of the column's largest
+// magnitude; 0 before. One thread a column and 64 k. Grid: columns / BLOCK, k / 64. A maximum has no order: the result repeats.
+extern "C" __global__ void column_largest(u32 K, u32 cols, const float* __restrict__ x, u32* largest) {
+    const u32 col = blockIdx.x * BLOCK + threadIdx.x, end = min(K, (blockIdx.y + 1) * 64);
+    if (col >= cols) return;
+    u32 v = 0;
+#pragma unroll 8
+    for (u32 k = blockIdx.y * 64; k < end; k++) v = max(v, __float_as_uint(x[(u64)k * cols + col]) & 0x7fffffffu);
+    atomicMax(&largest[col], v);
 }
+
+// Then high and low, padded with zeros to [k of the grid, ld]. One thread four columns of a k. Grid: k, ld / 4 / BLOCK.
+extern "C" __global__ void split_columns(u32 K, u32 cols, u32 ld, const float* __restrict__ x,
+                                         const u32* __restrict__ largest, u16* __restrict__ high, u16* __restrict__ low,
+                                         int* __restrict__ shift, u32* nonfinite) {
+    const u32 k = blockIdx.x, col = (blockIdx.y * BLOCK + threadIdx.x) * 4, left = col < cols ? cols - col : 0;
+    if (col >= ld) return;
+    float v[4];
+    int s[4];
+    const u32 there = k < K ? left : 0;
+    load<f32>(x + (u64)k * cols + col, cols % 4 == 0 && there, there, v);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const u32 of = i < left ? largest[col + i] : 0;
+        s[i] = shift_of(of);
+        if (k == 0 && i < left) {
+            shift[col + i] = s[i];
+            if (of >= 0x7f800000u) atomicOr(nonfinite, 1u);
+        }
+    }
+    const u64 at = (u64)k * ld + col;
+    split4(v, s, high + at, low + at);
+}
+
+// A product of what was split, in each layout, M, N and K being those of padded operands; of c [rows, cols] are stored. Nothing
+// is done if *nonfinite: then the float32 product runs.
+#define SPLIT(NAME, A_K, B_K)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(Split::COUNT, 1)                                                      \
+        NAME(u32 M, u32 N, u32 K, u32 rows, u32 cols, const u16* a_high, const u16* a_low, const int* a_shift,         \
+             const u16* b_high, const u16* b_low, const int* b_shift, const u32* nonfinite, const float* bias,         \
+             const float* mask, u32 relu, u32 add, float* c) {                                                         \
+        if (*nonfinite) return;                                                                                        \
+        const u16 *a[2] = {a_high, a_low}, *b[2] = {b_high, b_low};                                                    \
+        Split::Sum sum = {};                                                                                           \
+        product_mma<f16, A_K, B_K, Split>(M, N, K, a, b, sum);                                                         \
+        const Finish<f32> finish = {rows, cols, bias, mask, relu, add, c};                                             \
+        finish.tile<TILE, SUM_STRIDE, Split::COUNT>(                                                                   \
+            put_sums<Split>(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x,                             \
+            [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });                                \
+    }
+SPLIT(product_nt_split, true, true)
+SPLIT(product_nn_split, true, false)
+SPLIT(product_tn_split, false, false)
 
 #define FFMA(NAME, A_K, B_K)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
@@ -314,15 +407,15 @@ FFMA(product_nn_f32, true, false)
 FFMA(product_tn_f32, false, false)
 
 #define MMA(NAME, E, A_K, B_K)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+    extern "C" __global__ void __launch_bounds__(Whole::COUNT, 2)                                                      \
         NAME(u32 M, u32 N, u32 K, const u16* a, const u16* b, const u32* only_if, const u16* bias, const u16* mask,    \
              u32 relu, u32 add, u16* c) {                                                                              \
         if (only_if && !*only_if) return;                                                                              \
-        float sum[4][4][4] = {};                                                                                       \
-        product_mma<E, A_K, B_K, 1, 4>(M, N, K, &a, &b, sum);                                                          \
+        Whole::Sum sum = {};                                                                                           \
+        product_mma<E, A_K, B_K, Whole>(M, N, K, &a, &b, sum);                                                         \
         const Finish<E> finish = {M, N, bias, mask, relu, add, c};                                                     \
-        finish.tile<TILE, SUM_STRIDE, THREADS>(put_sums(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x, \
-                                               [](u32, u32, float v) { return v; });                                   \
+        finish.tile<TILE, SUM_STRIDE, Whole::COUNT>(put_sums<Whole>(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE,  \
+                                                    threadIdx.x, [](u32, u32, float v) { return v; });                 \
     }
 MMA(product_nt_f16, f16, true, true)
 MMA(product_nn_f16, f16, true, false)

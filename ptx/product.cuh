@@ -44,16 +44,7 @@ struct Finish {
             for (u32 i = 0; i < L; i++)
                 if (x[i] <= 0.f) v[i] = 0.f;
         }
-        T out[L];
-#pragma unroll
-        for (u32 i = 0; i < L; i++) out[i] = E::narrow(v[i]);
-        if (whole) {
-            *(uint4*)(c + at) = *(uint4*)out;
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < L; i++)
-                if (i < left) c[at + i] = out[i];
-        }
+        ::store<E>(c + at, whole, left, v);
     }
 
     // `rows` rows that begin at [m0, n0], by COUNT threads of which this is number `thread`; `scale(m, n, sum)` comes first.

@@ -1,21 +1,22 @@
 // Conversions, sums over rows and columns, norms, losses, Adam. Formulas are those of `Backend` in src/backend/mod.rs.
 #include "common.cuh"
 
-// The element index of this thread in a grid of one dimension.
+// The number of this thread in a grid of one dimension.
 __device__ __forceinline__ u64 element() { return (u64)blockIdx.x * BLOCK + threadIdx.x; }
-
-// out[i] = r(in[i]). One thread an element.
-template <class E>
-__device__ void round_(u64 n, const float* in, typename E::T* out) {
-    u64 i = element();
-    if (i < n) out[i] = E::narrow(in[i]);
-}
+// How many threads such a grid has.
+__device__ __forceinline__ u64 elements() { return (u64)gridDim.x * BLOCK; }
 
 // *flag |= 1 if an element is not finite. Grid of any size. An or has no order: the result repeats.
 template <class E>
 __device__ void nonfinite(u64 n, const typename E::T* m, u32* flag) {
-    bool bad = false;
-    for (u64 i = element(); i < n; i += (u64)gridDim.x * BLOCK) bad |= !(fabsf(E::wide(m[i])) < __int_as_float(0x7f800000));
+    constexpr u32 L = E::LANES;
+    u32 bad = 0;
+    pieces<L, 4>(n, element(), elements(), true, [&](u64 i, bool whole, u32 left) {
+        float v[L];
+        load<E>(m + i, whole, left, v);
+#pragma unroll
+        for (u32 l = 0; l < L; l++) bad |= !(fabsf(v[l]) < __int_as_float(0x7f800000));
+    });
     if (bad) atomicOr(flag, 1u);
 }
 
@@ -72,11 +73,19 @@ __device__ void squared_distances(u32 cols, u32 from, u32 to, const typename E::
     if (threadIdx.x == 0) out[blockIdx.x] = rounded ? r<E>(sum) : sum;
 }
 
-// out = r(g · (2 · (a - b))). One thread an element.
+// out = r(g · (2 · (a - b))). One thread 16 bytes.
 template <class E>
-__device__ void squared_distances_grad(u64 n, const typename E::T* a, const typename E::T* b, float g, typename E::T* out) {
-    u64 i = element();
-    if (i < n) out[i] = E::narrow(g * (2.f * (E::wide(a[i]) - E::wide(b[i]))));
+__device__ void squared_distances_grad(u64 n, const typename E::T* __restrict__ a, const typename E::T* __restrict__ b,
+                                       float g, typename E::T* __restrict__ out) {
+    constexpr u32 L = E::LANES;
+    pieces<L, 1>(n, element(), elements(), true, [&](u64 i, bool whole, u32 left) {
+        float x[L], y[L];
+        load<E>(a + i, whole, left, x);
+        load<E>(b + i, whole, left, y);
+#pragma unroll
+        for (u32 l = 0; l < L; l++) x[l] = g * (2.f * (x[l] - y[l]));
+        store<E>(out + i, whole, left, x);
+    });
 }
 
 // out[h, m] = r(√(Σ_d w[h, m, d]²)): `d` elements a group. One block a group.
@@ -95,27 +104,38 @@ __device__ void group_norms(u32 d, const typename E::T* w, typename E::T* out) {
 // out = r(r(w[h, m, d] / n[h, m]) · d_t[h]), 0 where n is 0, added to out if `add`. One block a group, `d` elements
 // each.
 template <class E>
-__device__ void group_norms_grad(u32 d, u32 groups, const typename E::T* w, const typename E::T* norms,
-                                 const typename E::T* d_t, u32 add, typename E::T* out) {
-    float norm = E::wide(norms[blockIdx.x]), g = E::wide(d_t[blockIdx.x / groups]);
-    u64 at = (u64)blockIdx.x * d;
-    for (u32 i = threadIdx.x; i < d; i += BLOCK) {
-        float unit = norm == 0.f ? 0.f : r<E>(E::wide(w[at + i]) / norm);
-        float v = unit * g;
-        out[at + i] = E::narrow(add ? E::wide(out[at + i]) + r<E>(v) : v);
-    }
+__device__ void group_norms_grad(u32 d, u32 groups, const typename E::T* __restrict__ w, const typename E::T* norms,
+                                 const typename E::T* d_t, u32 add, typename E::T* __restrict__ out) {
+    constexpr u32 L = E::LANES;
+    const float norm = E::wide(norms[blockIdx.x]), g = E::wide(d_t[blockIdx.x / groups]);
+    w += (u64)blockIdx.x * d;
+    out += (u64)blockIdx.x * d;
+    pieces<L, 4>(d, (u32)threadIdx.x, (u32)BLOCK, d % L == 0, [&](u32 i, bool whole, u32 left) {
+        float v[L], before[L] = {};
+        load<E>(w + i, whole, left, v);
+        if (add) load<E>(out + i, whole, left, before);
+#pragma unroll
+        for (u32 l = 0; l < L; l++) {
+            v[l] = (norm == 0.f ? 0.f : r<E>(v[l] / norm)) * g;
+            if (add) v[l] = before[l] + r<E>(v[l]);
+        }
+        store<E>(out + i, whole, left, v);
+    });
 }
 
 // parts[i] = Σ v² over the elements that block i meets. The grid's size is fixed, so the order of terms is.
 template <class E>
 __device__ void norm_parts(u64 n, const typename E::T* m, float* parts) {
-    float sum = 0.f;
-    for (u64 i = element(); i < n; i += (u64)gridDim.x * BLOCK) {
-        float v = E::wide(m[i]);
-        sum = fmaf(v, v, sum);
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+    constexpr u32 L = E::LANES;
+    float sum[L] = {};
+    pieces<L, 4>(n, element(), elements(), true, [&](u64 i, bool whole, u32 left) {
+        float v[L];
+        load<E>(m + i, whole, left, v);
+#pragma unroll
+        for (u32 l = 0; l < L; l++) sum[l] = fmaf(v[l], v[l], sum[l]);
+    });
+    const float total = block_sum(lane_sum<L>(sum));
+    if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
 // a · b + c: fused in float32, where PyTorch and the CPU backend fuse the moments' sums, else with the product rounded.
@@ -124,24 +144,33 @@ __device__ __forceinline__ float multiply_add(float a, float b, float c) {
     return sizeof(typename E::T) == 4 ? fmaf(a, b, c) : a * b + c;
 }
 
-// One step of Adam, as `Backend::adam` states it. One thread an element.
+// One step of Adam, as `Backend::adam` states it. One thread 16 bytes.
 template <class E>
-__device__ void adam(u64 n, typename E::T* p, const typename E::T* g, typename E::T* m, typename E::T* v, float clip,
-                     float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,
-                     float bias_correction2_sqrt, float eps) {
-    u64 i = element();
-    if (i >= n) return;
-    float gi = r<E>(clip * E::wide(g[i])), mi = E::wide(m[i]), vi = E::wide(v[i]);
-    mi = r<E>(multiply_add<E>(one_minus_beta1, gi - mi, mi));
-    vi = r<E>(multiply_add<E>(one_minus_beta2 * gi, gi, r<E>(beta2 * vi)));
-    float denom = r<E>(r<E>(r<E>(sqrtf(vi)) / bias_correction2_sqrt) + eps);
-    p[i] = E::narrow(E::wide(p[i]) - step_size * mi / denom);
-    m[i] = E::narrow(mi);
-    v[i] = E::narrow(vi);
+__device__ void adam(u64 n, typename E::T* __restrict__ p, const typename E::T* __restrict__ g,
+                     typename E::T* __restrict__ m, typename E::T* __restrict__ v, float clip, float one_minus_beta1,
+                     float beta2, float one_minus_beta2, float step_size, float bias_correction2_sqrt, float eps) {
+    constexpr u32 L = E::LANES;
+    pieces<L, 1>(n, element(), elements(), true, [&](u64 i, bool whole, u32 left) {
+        float ps[L], gs[L], ms[L], vs[L];
+        load<E>(p + i, whole, left, ps);
+        load<E>(g + i, whole, left, gs);
+        load<E>(m + i, whole, left, ms);
+        load<E>(v + i, whole, left, vs);
+#pragma unroll
+        for (u32 l = 0; l < L; l++) {
+            const float gi = r<E>(clip * gs[l]);
+            ms[l] = r<E>(multiply_add<E>(one_minus_beta1, gi - ms[l], ms[l]));
+            vs[l] = r<E>(multiply_add<E>(one_minus_beta2 * gi, gi, r<E>(beta2 * vs[l])));
+            const float denom = r<E>(r<E>(r<E>(sqrtf(vs[l])) / bias_correction2_sqrt) + eps);
+            ps[l] = ps[l] - step_size * ms[l] / denom;
+        }
+        store<E>(p + i, whole, left, ps);
+        store<E>(m + i, whole, left, ms);
+        store<E>(v + i, whole, left, vs);
+    });
 }
 
 #define KERNELS(E)                                                                                                     \
-    extern "C" __global__ void round_##E(u64 n, const float* in, E::T* out) { round_<E>(n, in, out); }                 \
     extern "C" __global__ void nonfinite_##E(u64 n, const E::T* m, u32* flag) { nonfinite<E>(n, m, flag); }            \
     extern "C" __global__ void column_parts_##E(u32 rows, u32 cols, u32 per, const E::T* m, u32 scaled, float g,       \
                                                 float* parts) {                                                        \

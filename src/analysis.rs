@@ -494,7 +494,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
         let width = n * d_in;
         let sums = Sums::new(ByLatent::of(support, d_hidden), x, rec, width);
         // Each latent belongs to one thread: results do not depend on how many there are.
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = crate::threads::available();
         let per_thread = d_hidden.div_ceil(threads).max(1);
         let (latents, products) = (&mut self.stats.latents, &mut self.stats.products);
         let parts = latents.chunks_mut(per_thread).zip(products.chunks_mut(per_thread * 2 * n));

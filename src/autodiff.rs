@@ -184,6 +184,14 @@ impl<B: Backend> Tape<B> {
         self.push(Op::Input, |be, _, out, _| be.fill(batch, width, values, out.matrix_mut()))
     }
 
+    /// The same of a batch that [`Backend::fill`] was called with already: `x` and the last such batch change places.
+    pub fn staged(&mut self, x: &mut B::Matrix) -> Result<Var> {
+        self.push(Op::Input, |_, _, out, _| {
+            std::mem::swap(out.matrix_mut(), x);
+            Ok(())
+        })
+    }
+
     /// `acts = relu(x · W_enc + b_enc)`. x [batch, width] → [batch, d_hidden]. Original: `encode`.
     pub fn encode(&mut self, p: &Parameters<B::Matrix>, x: Var) -> Result<Var> {
         self.push(Op::Encode { x }, |be, nodes, out, _| {

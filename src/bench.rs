@@ -12,6 +12,7 @@ use crate::crosscoder::CrossCoder;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::{Tensor, Values};
+use crate::threads::{available, beside};
 use crate::trainer::Trainer;
 use ndarray::ArrayView3;
 use std::time::Instant;
@@ -83,7 +84,7 @@ impl Row {
 pub fn machine() -> String {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpuinfo.lines().find_map(|l| l.strip_prefix("model name")).unwrap_or(std::env::consts::ARCH);
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let cores = available();
     format!("{} ({cores} cores)", model.trim_start_matches([' ', '\t', ':']).replace(',', " "))
 }
 
@@ -374,8 +375,20 @@ impl<B: Backend> Bench<'_, B> {
         crosscoder.cfg_mut().set("num_tokens", 1000 * batch);
         let mut trainer = Trainer::new(crosscoder)?;
         let mut value = None;
+        // As a run does: the next batch comes up beside a step.
+        let (be, mut staged, mut next) =
+            (trainer.crosscoder().backend().clone(), B::Matrix::default(), B::Matrix::default());
+        be.fill(batch, width, &x, &mut staged)?;
         let seconds = time(|| {
-            let row = trainer.step(&x)?;
+            let row = if B::AHEAD {
+                let step = || trainer.backward_staged(&mut staged).and_then(|gradients| trainer.update(gradients));
+                let (row, filled) = beside(step, || be.fill(batch, width, &x, &mut next));
+                filled?;
+                std::mem::swap(&mut staged, &mut next);
+                row?
+            } else {
+                trainer.step(&x)?
+            };
             value.get_or_insert(row.l2_loss + 2.0 * row.l1_loss);
             Ok(())
         })?;

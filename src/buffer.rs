@@ -25,7 +25,9 @@ use crate::activations::{Activations, append_f32};
 use crate::config::Config;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::normalisation::scale_rows;
 use crate::rng::Mt19937;
+use crate::threads::{available, for_rows};
 use half::{bf16, f16};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +37,9 @@ pub const VAL_FRACTION_KEY: &str = "val_fraction";
 
 /// The extra cfg key that asks for [`Refresh::Original`] if it is true.
 pub const ORIGINAL_REFRESH_KEY: &str = "original_refresh";
+
+/// A thread more must have so many elements to do, some tenth of a millisecond's work.
+const THREAD_ELEMENTS: usize = 1 << 16;
 
 /// What happens when half of the buffer is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -221,23 +226,28 @@ impl<'a> Buffer<'a> {
         if (self.bytes.is_empty() || half_used) && !self.refresh(stop)? {
             return Ok(false);
         }
-        let row_bytes = self.acts.row_bytes();
-        out.clear();
+        let (row_bytes, width) = (self.acts.row_bytes(), self.factors.len() * self.acts.d_in());
+        let slots = &self.slots[self.pointer..self.pointer + self.batch_size];
         self.last.clear();
-        let mut batch = Vec::with_capacity(self.batch_size * row_bytes);
-        for &slot in &self.slots[self.pointer..self.pointer + self.batch_size] {
-            batch.extend_from_slice(&self.bytes[slot as usize * row_bytes..][..row_bytes]);
-            self.last.push(self.rows[slot as usize]);
-        }
-        append_f32(self.acts.dtype(), &batch, out);
+        self.last.extend(slots.iter().map(|&slot| self.rows[slot as usize]));
         self.pointer += self.batch_size;
-        crate::normalisation::scale_rows(&self.factors, self.acts.d_in(), out);
+        out.resize(self.batch_size * width, 0.0);
+        let rows_of_thread = (THREAD_ELEMENTS / width.max(1)).max(1);
+        for_rows(available().min(self.batch_size / rows_of_thread), out, width, 1, |first, out| {
+            let mut row = Vec::new();
+            for (out, &slot) in out.chunks_exact_mut(width).zip(&slots[first..]) {
+                row.clear();
+                append_f32(self.acts.dtype(), &self.bytes[slot as usize * row_bytes..][..row_bytes], &mut row);
+                scale_rows(&self.factors, self.acts.d_in(), &mut row);
+                out.copy_from_slice(&row);
+            }
+        });
         Ok(true)
     }
 
-    /// Where row `i` of the last batch lies in the set.
-    pub fn row_of_last(&self, i: usize) -> Option<usize> {
-        self.last.get(i).map(|&row| row as usize)
+    /// Where the rows of the last batch lie in the set.
+    pub fn last_rows(&self) -> &[u64] {
+        &self.last
     }
 
     /// Fills all of the buffer, later the half that is used, and shuffles it. Original: `refresh`.

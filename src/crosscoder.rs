@@ -1,7 +1,7 @@
 //! The crosscoder: `crosscoder.py` of the original, name by name.
 
 use crate::autodiff::{Parameters, Tape, Var, mean};
-use crate::backend::{Backend, Cpu, Precision, Scalar};
+use crate::backend::{Backend, Cpu, Precision, Scalar, Shaped};
 use crate::batch_topk::BatchTopK;
 use crate::config::Config;
 use crate::dtype::Dtype;
@@ -301,13 +301,19 @@ impl<B: Backend> CrossCoder<B> {
 
     /// The terms of the loss, once for evaluation and training. `x` is row-major [batch, n_models, d_in].
     pub(crate) fn losses_on(&self, tape: &mut Tape<B>, x: &[B::Scalar]) -> Result<Losses> {
-        let (be, width) = (&self.backend, self.n_models * self.d_in);
+        let width = self.n_models * self.d_in;
         let batch = self.batch_of("x", x.len(), width)?;
-        if batch == 0 {
-            return Err(Error::shape("x has no rows; the losses are means over at least one"));
-        }
         tape.clear();
         let x = tape.input(batch, width, x)?;
+        self.losses_of(tape, x)
+    }
+
+    /// The same of a batch on the tape, with which it begins.
+    pub(crate) fn losses_of(&self, tape: &mut Tape<B>, x: Var) -> Result<Losses> {
+        let (be, width) = (&self.backend, self.n_models * self.d_in);
+        if tape.matrix(x).shape().0 == 0 {
+            return Err(Error::shape("x has no rows; the losses are means over at least one"));
+        }
         let acts = tape.encode(&self.params, x)?;
         if let Some(batch_topk) = &self.batch_topk {
             tape.cut(acts, |be, acts| batch_topk.cut(be, &self.params.w_dec, self.n_models, acts))?;

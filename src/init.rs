@@ -10,8 +10,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rng::{BLOCK, Mt19937, Normal};
 use crate::tensor::{Tensor, element_count};
+use crate::threads::{available, for_each};
 use half::{bf16, f16};
-use std::sync::{Mutex, PoisonError};
 use zerocopy::FromZeros;
 
 /// About how many weights a thread takes at a time.
@@ -37,7 +37,7 @@ pub fn initial_weights(
     dtype: Dtype,
     dec_init_norm: f64,
 ) -> Result<Parameters<Tensor>> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = available();
     let shape = [d_hidden, n_models, d_in];
     match dtype {
         Dtype::F32 => weights::<f32>(seed, shape, dec_init_norm, threads),
@@ -83,11 +83,8 @@ fn fill<T: Weight>(mut rng: Mt19937, w_dec: &mut [T], w_enc: &mut [T], d_in: usi
     let unit = BLOCK * d_in;
     let run = unit.saturating_mul((RUN / unit).max(1));
     let runs = (n / run).max(1);
-    let rest = Mutex::new((rng, w_dec, w_enc));
-    let next = || {
-        // Nothing below panics, and a run that was taken stays taken.
-        let mut rest = rest.lock().unwrap_or_else(PoisonError::into_inner);
-        let (rng, w_dec, w_enc) = &mut *rest;
+    let (mut w_dec, mut w_enc) = (w_dec, w_enc);
+    let pieces = std::iter::from_fn(|| {
         let left = w_dec.len();
         let len = if left / 2 < run { left } else { run };
         if len == 0 {
@@ -98,21 +95,17 @@ fn fill<T: Weight>(mut rng: Mt19937, w_dec: &mut [T], w_enc: &mut [T], d_in: usi
         let here = rng.clone();
         rng.skip(Mt19937::normal_words::<T>(len));
         Some((here, dec, enc))
-    };
-    let work = || {
-        while let Some((mut rng, dec, enc)) = next() {
+    });
+    for_each(
+        threads.min(runs),
+        pieces,
+        || (),
+        |_, (mut rng, dec, enc)| {
             rng.normal_fill(dec);
             normalise(dec, d_in, scale);
             enc.copy_from_slice(dec);
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads.min(runs) {
-            // A thread that cannot be started leaves its work to the others.
-            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
-        }
-        work();
-    });
+        },
+    );
 }
 
 /// `row = row / ‖row‖ · scale` for each row of d_in weights, rounded after the norm, the quotient and the product.

@@ -66,6 +66,7 @@ pub mod run;
 pub mod safetensors;
 pub mod sparse;
 pub mod tensor;
+mod threads;
 pub mod trainer;
 
 pub use config::Config;

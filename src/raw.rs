@@ -182,7 +182,7 @@ pub(crate) fn read_elements(mut reader: impl Read, dtype: Dtype, count: usize) -
     }
     // The system clears each page of new memory when it is first touched, which takes longer than to read the file: other
     // threads, some pieces ahead, have it done. Piece i comes from thread i modulo their number.
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_TOUCHING);
+    let threads = crate::threads::available().min(MOST_TOUCHING);
     let mut shares: Vec<Vec<&mut [u8]>> = (0..threads).map(|_| Vec::new()).collect();
     for (i, piece) in bytes.chunks_mut(PIECE_BYTES).enumerate() {
         if let Some(share) = i.checked_rem(threads).and_then(|i| shares.get_mut(i)) {

@@ -37,6 +37,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::init::initial_weights;
 use crate::normalisation::{estimate, factors, set_factors};
 use crate::pt::TensorSource;
+use crate::threads::beside;
 use crate::trainer::{LogRow, Trainer};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -221,31 +222,49 @@ impl Run {
         let total_steps = trainer.schedule().total_steps;
         watch(Event::Begin { dir: &self.dir, step: self.state.step, total_steps });
 
-        let mut batch = Vec::new();
-        while trainer.step_counter() < total_steps && !stop.load(Ordering::Relaxed) {
+        let (be, keep_going) = (trainer.crosscoder().backend().clone(), self.keep_going);
+        let (mut batch, mut next) = (Batch::<B>::default(), Batch::<B>::default());
+        // What became of reading the next batch, where that was done beside a step.
+        let mut read = None;
+        while trainer.step_counter() < total_steps && (read.is_some() || !stop.load(Ordering::Relaxed)) {
             let i = trainer.step_counter();
-            match buffer.next(&mut batch, stop) {
-                Ok(true) => {}
+            match read.take().unwrap_or_else(|| next.read(&mut buffer, &be, stop)) {
+                Ok(true) => std::mem::swap(&mut batch, &mut next),
                 Ok(false) => break,
+                Err(e) if e.kind() == ErrorKind::Device => return Err(e),
                 Err(e) => {
                     // The steps taken so far are good: they are saved before the error is told.
                     self.save(&trainer, &buffer, &mut log, watch)?;
                     return Err(e.at(format!("step {i}: cannot read the next batch")));
                 }
             }
-            let gradients = trainer.backward(&batch)?;
-            if !self.keep_going {
-                trainer.check(&gradients, &batch).map_err(|(e, row)| {
-                    let row = row.and_then(|row| buffer.row_of_last(row));
-                    row.map(|row| acts.place(row)).into_iter().fold(e, Error::at)
-                })?;
-            }
-            let row = trainer.update(gradients)?;
+            let mut step = || {
+                let gradients = match B::AHEAD {
+                    true => trainer.backward_staged(&mut batch.on_device)?,
+                    false => trainer.backward(&batch.acts)?,
+                };
+                if !keep_going {
+                    trainer.check(&gradients, &batch.acts).map_err(|(e, row)| {
+                        let row = row.and_then(|row| batch.rows.get(row));
+                        row.map(|&row| acts.place(row as usize)).into_iter().fold(e, Error::at)
+                    })?;
+                }
+                trainer.update(gradients)
+            };
+            // Where a checkpoint comes next, the buffer stays as it is after this batch.
+            let save = (i + 1).is_multiple_of(save_every) || i + 1 == total_steps;
+            let row = if B::AHEAD && !save && !stop.load(Ordering::Relaxed) {
+                let (row, ahead) = beside(step, || next.read(&mut buffer, &be, stop));
+                read = Some(ahead);
+                row?
+            } else {
+                step()?
+            };
             if i.is_multiple_of(log_every) {
                 log.write(i + 1, &row)?;
             }
             watch(Event::Step { step: i + 1, row: &row });
-            if (i + 1).is_multiple_of(save_every) && i + 1 < total_steps {
+            if save {
                 self.save(&trainer, &buffer, &mut log, watch)?;
             }
         }
@@ -324,6 +343,38 @@ impl Run {
         self.state = state;
         watch(Event::Saved { weights: &files.weights, step });
         Ok(())
+    }
+}
+
+/// A batch, and where it comes from.
+struct Batch<B: Backend> {
+    /// Row-major [batch_size, n_models, d_in].
+    acts: Vec<f32>,
+    /// The same on the device, where [`Backend::AHEAD`] holds.
+    on_device: B::Matrix,
+    /// The set's rows.
+    rows: Vec<u64>,
+}
+
+impl<B: Backend> Default for Batch<B> {
+    fn default() -> Self {
+        Batch { acts: Vec::new(), on_device: B::Matrix::default(), rows: Vec::new() }
+    }
+}
+
+impl<B: Backend<Scalar = f32>> Batch<B> {
+    /// As [`Buffer::next`]; where that pays, brought to the device.
+    fn read(&mut self, buffer: &mut Buffer<'_>, be: &B, stop: &AtomicBool) -> Result<bool> {
+        if !buffer.next(&mut self.acts, stop)? {
+            return Ok(false);
+        }
+        self.rows.clear();
+        self.rows.extend_from_slice(buffer.last_rows());
+        if B::AHEAD {
+            let rows = self.rows.len();
+            be.fill(rows, self.acts.len() / rows.max(1), &self.acts, &mut self.on_device)?;
+        }
+        Ok(true)
     }
 }
 

@@ -2,10 +2,10 @@
 //! resuming, logging) is told in [`crate::run`].
 
 use crate::autodiff::{Parameters, Tape, mean};
-use crate::backend::{Backend, Scalar};
+use crate::backend::{Backend, Scalar, Shaped};
 use crate::checkpoint::Source;
 use crate::config::Config;
-use crate::crosscoder::{CrossCoder, LossOutput, model_name};
+use crate::crosscoder::{CrossCoder, LossOutput, Losses, model_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::optim::{Adam, Clip, Moments, clip_grad_norm, first_not_finite};
 use crate::tensor::Tensor;
@@ -204,6 +204,26 @@ impl<B: Backend> Trainer<B> {
     /// As [`Self::step`].
     pub fn backward(&mut self, acts: &[B::Scalar]) -> Result<Gradients<B::Scalar>> {
         let losses = self.crosscoder.losses_on(&mut self.tape, acts)?;
+        self.gradients(losses)
+    }
+
+    /// [`Self::backward`] on a batch that [`Backend::fill`] made `x` of, on this crosscoder's backend; `x` is then what the last
+    /// such batch was in, to be filled again. Where [`Backend::AHEAD`] holds, the next batch can so come up beside a step.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn backward_staged(&mut self, x: &mut B::Matrix) -> Result<Gradients<B::Scalar>> {
+        let (shape, width) = (x.shape(), self.crosscoder.n_models() * self.crosscoder.d_in());
+        if shape.1 != width {
+            return Err(Error::shape(format!("a batch of rows of {}; they have n_models · d_in = {width}", shape.1)));
+        }
+        self.tape.clear();
+        let x = self.tape.staged(x)?;
+        let losses = self.crosscoder.losses_of(&mut self.tape, x)?;
+        self.gradients(losses)
+    }
+
+    fn gradients(&mut self, losses: Losses) -> Result<Gradients<B::Scalar>> {
         let loss = self.tape.add_scaled(losses.l2, self.schedule.l1_coeff(self.step_counter), losses.l1)?;
         self.tape.backward(loss, &self.crosscoder.params, &mut self.grads)?;
         let clip = clip_grad_norm(&self.crosscoder.backend, &self.grads, MAX_GRAD_NORM)?;

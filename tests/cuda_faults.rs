@@ -73,6 +73,12 @@ fn encode_split() -> Result<()> {
     encode(Dtype::F32, Product::Split)
 }
 
+fn column_sums() -> Result<()> {
+    let (be, mut out) = (Cuda::new(0, Dtype::F32)?, Default::default());
+    be.column_sums(&upload(&be, 3, 3, &[1.0; 9]), &mut out)?;
+    be.norm(&out).map(drop)
+}
+
 fn encode_f16() -> Result<()> {
     encode(Dtype::F16, Product::Auto)
 }
@@ -103,7 +109,7 @@ fn a_missing_barrier_is_found() {
         ("product_nt_f32", encode_f32, 1),
         ("product_nt_f16", encode_f16, 0),
         ("product_nt_split", encode_split, 0),
-        ("split", encode_split, 0),
+        ("split_rows", encode_split, 0),
         ("gather_f32", decode, 0),
         ("support_fill_f32", decode, 0),
         ("norm_parts_f32", encode_f32, 1),
@@ -135,8 +141,8 @@ fn an_asynchronous_copy_that_is_not_waited_for_is_found() {
 #[test]
 fn an_access_out_of_bounds_is_found() {
     let Some(_guard) = alone("an_access_out_of_bounds_is_found") else { return };
-    // The bound `i < n` of an elementwise kernel, off by one: the last block reads one element too many.
-    let faults = plant_each("round_f32", "setp.ge.u64", "setp.gt.u64", decode);
+    // The bound `k < cols` of a kernel, off by one: the last block reads one element too many.
+    let faults = plant_each("column_total_f32", "setp.ge.u32", "setp.gt.u32", column_sums);
     assert!(faults[0].as_deref().is_some_and(|f| f.contains("global memory out of bounds: 4 bytes")), "{faults:?}");
     // A copy to shared memory, behind its end.
     let text = kernel("product_nt_f16");
@@ -183,12 +189,12 @@ fn shared_memory_that_was_never_written_is_found() {
 #[test]
 fn after_a_fault_every_call_is_an_error_and_a_new_context_works() {
     let Some(_guard) = alone("after_a_fault_every_call_is_an_error_and_a_new_context_works") else { return };
-    let text = kernel("round_f32");
-    let planted = text.replace("setp.ge.u64", "setp.gt.u64");
+    let text = kernel("column_total_f32");
+    let planted = text.replacen("setp.ge.u32", "setp.gt.u32", 1);
     let be = standin::planted(text, &planted, || Cuda::new(0, Dtype::F32).unwrap());
     let kept = upload(&be, 2, 2, &[1.0; 4]);
     let mut m = Default::default();
-    be.fill(3, 3, &[1.0; 9], &mut m).unwrap(); // Begun; nobody has waited yet.
+    be.column_sums(&kept, &mut m).unwrap(); // Begun; nobody has waited yet.
     let mut out = [0.0; 4];
     for _ in 0..2 {
         let error = be.download(&kept, 0, &mut out).unwrap_err();
@@ -252,8 +258,12 @@ fn a_step_brings_one_batch_up_and_numbers_down() {
             standin::counts();
             trainer.step(&x).unwrap();
             let counts = standin::counts();
-            // From pinned memory, on a stream of its own.
-            assert_eq!((counts.ups, counts.up_bytes), (1, (batch * width * 4) as u64), "{dtype} {path:?}");
+            // In the dtype, from pinned memory, on a stream of its own.
+            assert_eq!(
+                (counts.ups, counts.up_bytes),
+                (1, (batch * width * dtype.size_bytes()) as u64),
+                "{dtype} {path:?}"
+            );
             assert_eq!((counts.pageable_ups, counts.ups_in_turn), (0, 0), "{dtype} {path:?}");
             // Down come at most twelve numbers for each row, two for each norm of a gradient, and the support's size: a
             // twelfth of one weight.

@@ -304,7 +304,7 @@ fn handed_out(
             let rows = batch.chunks_exact(2).enumerate().map(|(i, row)| {
                 // The factors have been applied, one per model.
                 assert_eq!(row[1], -row[0] / 4.0);
-                assert_eq!(buffer.row_of_last(i), Some((row[0] / 2.0) as usize));
+                assert_eq!(buffer.last_rows()[i], (row[0] / 2.0) as u64);
                 (row[0] / 2.0) as usize
             });
             rows.collect()

@@ -129,6 +129,9 @@ pub trait Backend: Clone + Send + Sync {
     /// Latents [batch, d_hidden], or a gradient on their support.
     type Latents: Shaped + Default + Send + Sync;
 
+    /// Whether the host is idle while this computes, so that it pays to [`Self::fill`] the next batch meanwhile.
+    const AHEAD: bool = false;
+
     /// The type that `r` rounds to, and in which parameters are stored.
     fn dtype(&self) -> Dtype;
 

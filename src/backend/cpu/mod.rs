@@ -9,7 +9,6 @@ mod kernels;
 mod matrix;
 mod product;
 mod sketch;
-mod threads;
 
 pub use matrix::{Latents, Matrix};
 
@@ -18,13 +17,13 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::sparse::Path;
 use crate::tensor::Values;
+use crate::threads::{available, for_each, for_rows, pieces};
 use kernels::{Level, Source};
 use ndarray::{ArrayViewMut2, Axis};
 use product::{Resident, Workshop};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use threads::{for_each, for_rows, pieces};
 
 /// Latents are held as a support where at most this share of them is not zero.
 const SPARSE_SHARE: f64 = 0.1;
@@ -64,7 +63,7 @@ impl<T: Scalar> Cpu<T> {
     /// If `dtype` is not a float type that a crosscoder can have.
     pub fn new(dtype: Dtype) -> Self {
         assert!(dtype.enc_name().is_some(), "a crosscoder cannot have the type {dtype}");
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = available();
         Cpu { dtype, path: Path::Auto, threads, shop: Workshop::default(), scalar: PhantomData }
     }
 

@@ -3,8 +3,8 @@
 
 use super::buffers::{Buffer, Buffers, Scratch};
 use super::kernels::{self, Level, Side};
-use super::threads::{for_each, pieces};
 use crate::backend::Scalar;
+use crate::threads::{for_each, pieces};
 use std::ops::Range;
 
 /// Rows of the streamed side that are multiplied at a time: 256 rows of a segment are 0.3 to 0.5 MiB.

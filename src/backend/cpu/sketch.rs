@@ -7,8 +7,8 @@
 use super::Cpu;
 use super::kernels::{self, GROUP};
 use super::matrix::Matrix;
-use super::threads::{for_each, pieces};
 use crate::backend::Scalar;
+use crate::threads::{for_each, pieces};
 use std::ops::Range;
 
 /// Rows that a thread takes at a time.

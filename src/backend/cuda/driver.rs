@@ -14,6 +14,7 @@
 mod forward;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::threads;
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaError;
@@ -440,36 +441,55 @@ impl Gpu {
         check(&format!("running {kernel}"), result)
     }
 
-    /// Brings `values` up beside the computation, and has `then` launch what reads them; the buffer it gets is valid in
-    /// what it launches.
+    /// Brings `values` up, each `narrow`ed on the way, beside the computation, and then into `to`.
     ///
     /// Two slots take turns: a batch is copied while the device still works on what was launched before, with another
     /// batch. In training that is the optimiser's step: before it the host waits for the gradients' norms. Host memory is
     /// free again when this returns.
-    pub(super) fn upload(&self, values: &[f32], then: impl FnOnce(&Self, Arg) -> Result<()>) -> Result<()> {
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub(super) fn upload<T: Plain + Send>(
+        &self,
+        values: &[f32],
+        narrow: impl Fn(f32) -> T + Copy + Sync,
+        to: &Buffer,
+    ) -> Result<()> {
+        let bytes = values.len() * size_of::<T>();
+        assert!(bytes <= to.bytes, "{bytes} bytes for a buffer of {}", to.bytes);
         self.0.enter()?;
         let mut uploads = lock(&self.0.uploads);
         let next = uploads.next;
         uploads.next = 1 - next;
         let slot = &mut uploads.slots[next];
-        slot.reserve(&self.0, values.len())?;
-        let (bytes, copies, compute) = (size_of_val(values), self.0.copies.as_inner(), self.0.compute.as_inner());
-        // SAFETY: streams and events of this context. The pinned memory holds `bytes` bytes, and nothing reads it any
-        // more once `copied` is synchronized with. The device's memory holds as many, and the copy waits for
-        // `consumed`, which follows its last reader.
-        unsafe {
-            let doing = "bringing activations to the device";
+        slot.reserve(&self.0, bytes)?;
+        let doing = "bringing activations to the device";
+        // SAFETY: a stream and events of this context. The pinned memory, which the driver aligns for any type, holds
+        // `bytes` bytes, any of which are values of `T`, and nothing reads it any more once `copied` is synchronized with.
+        let pinned = unsafe {
             check(doing, sys::cuEventSynchronize(slot.copied))?;
-            copy_in_pieces(values, std::slice::from_raw_parts_mut(slot.pinned, values.len()));
-            check(doing, sys::cuStreamWaitEvent(copies, slot.consumed, 0))?;
-            check(doing, sys::cuMemcpyHtoDAsync_v2(slot.device, slot.pinned.cast(), bytes, copies))?;
+            check(doing, sys::cuStreamWaitEvent(self.0.copies.as_inner(), slot.consumed, 0))?;
+            std::slice::from_raw_parts_mut(slot.pinned.cast::<T>(), values.len())
+        };
+        let device = slot.device;
+        let sent = in_pieces(values, pinned, |at, from, to| {
+            self.0.enter()?;
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = narrow(*from));
+            let (there, copies) = (device + (at * size_of::<T>()) as u64, self.0.copies.as_inner());
+            // SAFETY: the device's memory holds `bytes` bytes too, and copies into it wait for `consumed`, which follows its
+            // last reader; the piece lies within both.
+            check(doing, unsafe { sys::cuMemcpyHtoDAsync_v2(there, to.as_ptr().cast(), size_of_val(to), copies) })
+        });
+        let (copies, compute) = (self.0.copies.as_inner(), self.0.compute.as_inner());
+        // SAFETY: streams and events of this context; both memories hold `bytes` bytes.
+        unsafe {
+            // Also after a failure: copies may have begun.
             check(doing, sys::cuEventRecord(slot.copied, copies))?;
+            sent?;
             check(doing, sys::cuStreamWaitEvent(compute, slot.copied, 0))?;
+            check(doing, sys::cuMemcpyDtoDAsync_v2(to.at, device, bytes, compute))?;
+            check("marking a copy as used", sys::cuEventRecord(slot.consumed, compute))
         }
-        let launched = then(self, Arg::from(slot.device));
-        // SAFETY: as above.
-        check("marking a copy as used", unsafe { sys::cuEventRecord(slot.consumed, compute) })?;
-        launched
     }
 }
 
@@ -572,8 +592,8 @@ struct Uploads {
 }
 
 struct Slot {
-    /// `capacity` elements each, or null.
-    pinned: *mut f32,
+    /// `capacity` bytes each, or null.
+    pinned: *mut c_void,
     device: CUdeviceptr,
     capacity: usize,
     /// The pinned memory has been read.
@@ -594,23 +614,20 @@ impl Slot {
         Ok(Slot { pinned: std::ptr::null_mut(), device: 0, capacity: 0, copied: event()?, consumed: event()? })
     }
 
-    /// Room for so many elements, at least one.
-    fn reserve(&mut self, gpu: &Inner, elements: usize) -> Result<()> {
-        let elements = elements.max(1);
-        if elements <= self.capacity {
+    /// Room for so many bytes, at least one.
+    fn reserve(&mut self, gpu: &Inner, bytes: usize) -> Result<()> {
+        let bytes = bytes.max(1);
+        if bytes <= self.capacity {
             return Ok(());
         }
         gpu.compute.synchronize().map_err(|e| failed("waiting for the device", e))?;
         self.free_memory();
-        let bytes = elements * size_of::<f32>();
-        let mut pinned = std::ptr::null_mut();
         // SAFETY: writes the address.
         check(&format!("asking for {bytes} bytes of pinned memory"), unsafe {
-            sys::cuMemAllocHost_v2(&mut pinned, bytes)
+            sys::cuMemAllocHost_v2(&mut self.pinned, bytes)
         })?;
-        self.pinned = pinned.cast();
         self.device = gpu.allocate(bytes)?;
-        self.capacity = elements;
+        self.capacity = bytes;
         Ok(())
     }
 
@@ -620,7 +637,7 @@ impl Slot {
         // SAFETY: addresses from the driver, freed once; both streams have been waited for. Errors: nothing to be done.
         unsafe {
             if !self.pinned.is_null() {
-                let _ = sys::cuMemFreeHost(self.pinned.cast());
+                let _ = sys::cuMemFreeHost(self.pinned);
             }
             if self.device != 0 {
                 let _ = sys::cuMemFree_v2(self.device);
@@ -639,19 +656,28 @@ impl Slot {
     }
 }
 
-/// One core copies some 10 GB/s; a batch is some 100 MB and the device waits for it.
-fn copy_in_pieces(from: &[f32], to: &mut [f32]) {
-    const PIECE: usize = 1 << 20;
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
-    let piece = from.len().div_ceil(threads).max(PIECE);
-    if from.len() <= piece {
-        return to.copy_from_slice(from);
-    }
-    std::thread::scope(|scope| {
-        for (from, to) in from.chunks(piece).zip(to.chunks_mut(piece)) {
-            scope.spawn(move || to.copy_from_slice(from));
-        }
-    });
+/// Calls `f(at, from, to)` for pieces of both slices, `at` being where they begin, on as many threads as are of use: one
+/// core copies some 10 GB/s, a batch is some 100 MB. Pieces are so small that the first is on its way soon.
+fn in_pieces<T: Send>(
+    from: &[f32],
+    to: &mut [T],
+    f: impl Fn(usize, &[f32], &mut [T]) -> Result<()> + Sync,
+) -> Result<()> {
+    const PIECE: usize = 1 << 19;
+    let threads = threads::available().min(8).min(from.len().div_ceil(PIECE));
+    let pieces = from.chunks(PIECE).zip(to.chunks_mut(PIECE)).enumerate();
+    let failure = Mutex::new(Ok(()));
+    threads::for_each(
+        threads,
+        pieces,
+        || (),
+        |_, (i, (from, to))| {
+            if let Err(e) = f(i * PIECE, from, to) {
+                *lock(&failure) = Err(e);
+            }
+        },
+    );
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The kernels of a PTX text, and for each the sizes of its parameters.

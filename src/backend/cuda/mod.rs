@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::sparse::Path;
 use crate::tensor::Values;
 use driver::{Arg, Buffer, Gpu, Shape, Source, TENSOR_MAP};
+use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,16 +47,21 @@ const fn general(name: &'static str, ptx: &'static str) -> Source {
 
 /// Threads of a block, `BLOCK` in `ptx/common.cuh`.
 const BLOCK: usize = 128;
-/// A product's tile and the threads that make it: `TILE` and `THREADS` in `ptx/product.cu`.
+/// A product's tile and the threads that make it, in half precision and otherwise: `TILE`, `Whole` and `THREADS` in
+/// `ptx/product.cu`.
 const TILE: usize = 128;
+const HALF_THREADS: u32 = 128;
 const PRODUCT_THREADS: u32 = 256;
 /// Tensor cores: four tiles of both operands, 8 KiB each, or the sums, 128 rows of 136 float32, whichever is more.
 const MMA_BYTES: u32 = 128 * 136 * 4;
 /// Split products: three tiles of both parts of both operands.
 const SPLIT_BYTES: u32 = 3 * 4 * (8 << 10);
+/// Rows of more bytes are read twice where they are split, once otherwise: that much shared memory need not be asked for.
+const SPLIT_ROW_BYTES: usize = 47 << 10;
 /// Hopper's products, from `ptx/hopper.cu`: rows and columns of a tile, threads, and shared memory: stages of both
 /// operands' tiles, 64 deep, and 16 bytes of barriers for each.
 const HOPPER_ROWS: usize = 128;
+const HOPPER_K: u32 = 64;
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_HALF: Hopper = Hopper { columns: 256, shared_bytes: 4 * ((128 + 256) * 64 * 2 + 16) };
 const HOPPER_SPLIT: Hopper = Hopper { columns: 128, shared_bytes: 3 * (2 * (128 + 128) * 64 * 2 + 16) };
@@ -92,7 +98,7 @@ pub enum Product {
     /// By float32 fused multiply-adds.
     Ffma,
     /// By tensor cores, each factor being the sum of two float16 numbers, scaled by row. Where an operand is not
-    /// finite, as [`Product::Ffma`]. Used for `x · wᵀ`, the encoder's product and the dense gradient of latents.
+    /// finite, as [`Product::Ffma`].
     Split,
 }
 
@@ -175,6 +181,11 @@ impl Cuda {
         16 / self.dtype.size_bytes()
     }
 
+    /// Blocks whose threads take 16 bytes of `n` elements each.
+    fn blocks(&self, n: usize) -> usize {
+        n.div_ceil(BLOCK * self.lanes())
+    }
+
     /// Has `m` hold [rows, cols], contents unspecified if that is another size than before.
     fn overwrite(&self, m: &mut Matrix, rows: usize, cols: usize) -> Result<()> {
         // Kernels count rows and columns in 32 bits, with room to go beyond the end by a tile.
@@ -221,12 +232,12 @@ impl Cuda {
     fn read_elements(&self, data: &Buffer, at: usize, out: &mut [f32]) -> Result<()> {
         match self.dtype {
             Dtype::F16 => {
-                let mut raw = vec![half::f16::ZERO; out.len()];
+                let mut raw = vec![f16::ZERO; out.len()];
                 self.gpu.read(data, at, &mut raw)?;
                 out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
             }
             Dtype::BF16 => {
-                let mut raw = vec![half::bf16::ZERO; out.len()];
+                let mut raw = vec![bf16::ZERO; out.len()];
                 self.gpu.read(data, at, &mut raw)?;
                 out.iter_mut().zip(raw).for_each(|(o, v)| *o = v.to_f32());
             }
@@ -237,16 +248,11 @@ impl Cuda {
 
     /// `c = finish(a · b)` by the kernel for `layout`: [m, n] from k terms each.
     fn product(&self, layout: Layout, [m, n, k]: [usize; 3], a: Arg, b: Arg, finish: &Finish) -> Result<()> {
-        let nt = layout == Layout::Nt;
-        if nt && self.dtype != Dtype::F32 && self.on_hopper([m, n, k]) {
-            let maps = self.maps([m, n, k], &[(a, b)], &HOPPER_HALF)?;
-            return self.product_hopper(
-                &format!("hopper_nt_{}", self.suffix()),
-                [m, n, k],
-                &maps,
-                finish,
-                &HOPPER_HALF,
-            );
+        let name = layout.name();
+        if self.dtype != Dtype::F32 && self.on_hopper(layout, [m, n, k]) {
+            let maps = self.maps(layout, [m, n, k], &[(a, b)], &HOPPER_HALF)?;
+            let kernel = format!("hopper_{name}_{}", self.suffix());
+            return self.product_hopper(&kernel, [m, n, k], &maps, finish, &HOPPER_HALF);
         }
         let large = m.saturating_mul(n).saturating_mul(k) >= SPLIT_FROM;
         let split = match self.product {
@@ -254,64 +260,89 @@ impl Cuda {
             Product::Ffma => false,
             Product::Split => true,
         };
-        let only_if = match split && nt && self.dtype == Dtype::F32 {
-            true => Some(self.product_split([m, n, k], a, b, finish)?),
+        let only_if = match split && self.dtype == Dtype::F32 && k > 0 {
+            true => Some(self.product_split(layout, [m, n, k], a, b, finish)?),
             false => None,
         };
-        let shape = Shape {
-            grid: (m.div_ceil(TILE), n.div_ceil(TILE)),
-            threads: PRODUCT_THREADS,
-            shared_bytes: if self.dtype == Dtype::F32 { 0 } else { MMA_BYTES },
-        };
+        let (threads, shared_bytes) =
+            if self.dtype == Dtype::F32 { (PRODUCT_THREADS, 0) } else { (HALF_THREADS, MMA_BYTES) };
+        let shape = Shape { grid: (m.div_ceil(TILE), n.div_ceil(TILE)), threads, shared_bytes };
         let [bias, mask, relu, add, c] = finish.args();
         let args = [u32_arg(m), u32_arg(n), u32_arg(k), a, b, only_if.as_ref().into(), bias, mask, relu, add, c];
-        self.gpu.launch(&format!("product_{}_{}", layout.name(), self.suffix()), shape, &args)
+        self.gpu.launch(&format!("product_{name}_{}", self.suffix()), shape, &args)
     }
 
-    /// The product nt of split operands, unless one is not finite: then the word that is returned is not 0.
-    fn product_split(&self, [m, n, k]: [usize; 3], a: Arg, b: Arg, finish: &Finish) -> Result<Buffer> {
+    /// The product of split operands, unless one is not finite: then the word that is returned is not 0.
+    fn product_split(&self, layout: Layout, [m, n, k]: [usize; 3], a: Arg, b: Arg, finish: &Finish) -> Result<Buffer> {
         let nonfinite = self.words(1)?;
         self.gpu.zero(&nonfinite)?;
-        let ld = k.next_multiple_of(8);
-        let split = |rows: usize, operand: Arg| {
-            let half = || self.gpu.buffer(rows.checked_mul(ld).and_then(|n| n.checked_mul(2)).ok_or_else(too_large)?);
-            let parts = [half()?, half()?, self.words(rows)?];
-            let [high, low, shift] = parts.each_ref().map(Arg::from);
-            let args = [u32_arg(k), u32_arg(ld), operand, high, low, shift, (&nonfinite).into()];
-            self.launch_plain("split", (rows, 1), &args)?;
-            Ok::<_, Error>(parts)
-        };
-        let (a, b) = (split(m, a)?, split(n, b)?);
+        let flag = Arg::from(&nonfinite);
+        let (a_k, b_k) = layout.k_minor();
+        let (a, b) = (self.split(a_k, m, k, a, flag)?, self.split(b_k, n, k, b, flag)?);
         let ([a_high, a_low, a_shift], [b_high, b_low, b_shift]) =
             (a.each_ref().map(Arg::from), b.each_ref().map(Arg::from));
-        let flag = Arg::from(&nonfinite);
-        if self.on_hopper([m, n, ld]) {
-            let maps = self.maps([m, n, ld], &[(a_high, b_high), (a_low, b_low)], &HOPPER_SPLIT)?;
+        // The sizes that the split operands have.
+        let padded = [pad(m, !a_k), pad(n, !b_k), pad(k, true)];
+        if self.on_hopper(layout, padded) {
+            let maps = self.maps(layout, padded, &[(a_high, b_high), (a_low, b_low)], &HOPPER_SPLIT)?;
             let args = [maps[0], maps[2], a_shift, maps[1], maps[3], b_shift, flag];
-            self.product_hopper("hopper_nt_split", [m, n, ld], &args, finish, &HOPPER_SPLIT)?;
+            let kernel = format!("hopper_{}_split", layout.name());
+            self.product_hopper(&kernel, [m, n, padded[2]], &args, finish, &HOPPER_SPLIT)?;
             return Ok(nonfinite);
         }
         let shape =
             Shape { grid: (m.div_ceil(TILE), n.div_ceil(TILE)), threads: PRODUCT_THREADS, shared_bytes: SPLIT_BYTES };
-        let mut args = vec![u32_arg(m), u32_arg(n), u32_arg(ld)];
+        let mut args: Vec<Arg> = padded.into_iter().chain([m, n]).map(u32_arg).collect();
         args.extend([a_high, a_low, a_shift, b_high, b_low, b_shift, flag]);
         args.extend(finish.args());
-        self.gpu.launch("product_nt_split", shape, &args)?;
+        self.gpu.launch(&format!("product_{}_split", layout.name()), shape, &args)?;
         Ok(nonfinite)
     }
 
-    /// Whether Hopper's products can make this one: the module is there and wanted, and rows are a multiple of 16 bytes,
-    /// none empty.
-    fn on_hopper(&self, [m, n, k]: [usize; 3]) -> bool {
-        self.hopper && k.is_multiple_of(8) && m.min(n).min(k) > 0
+    /// An operand of `rows` rows of k elements as high and low parts and a shift for each row, see `ptx/product.cu`; sets `flag`
+    /// if an element is not finite.
+    fn split(&self, k_minor: bool, rows: usize, k: usize, operand: Arg, flag: Arg) -> Result<[Buffer; 3]> {
+        let (padded_rows, padded_k) = (pad(rows, !k_minor), pad(k, true));
+        let bytes = padded_rows.checked_mul(padded_k).and_then(|n| n.checked_mul(2)).ok_or_else(too_large)?;
+        let parts = [self.gpu.buffer(bytes)?, self.gpu.buffer(bytes)?, self.words(rows)?];
+        let [high, low, shift] = parts.each_ref().map(Arg::from);
+        if k_minor {
+            let row_bytes = 4 * padded_k;
+            let keep = row_bytes <= SPLIT_ROW_BYTES;
+            let args = [u32_arg(k), u32_arg(padded_k), keep.into(), operand, high, low, shift, flag];
+            let shared_bytes = if keep { row_bytes as u32 } else { 0 };
+            self.gpu.launch("split_rows", Shape { grid: (rows, 1), threads: BLOCK as u32, shared_bytes }, &args)?;
+        } else {
+            let largest = self.words(rows)?;
+            self.gpu.zero(&largest)?;
+            let args = [u32_arg(k), u32_arg(rows), operand, (&largest).into()];
+            self.launch_plain("column_largest", (rows.div_ceil(BLOCK), k.div_ceil(COLUMN_ROWS)), &args)?;
+            let sizes = [k, rows, padded_rows].map(u32_arg);
+            let args = [&sizes[..], &[operand, (&largest).into(), high, low, shift, flag]].concat();
+            self.launch_plain("split_columns", (padded_k, padded_rows.div_ceil(4 * BLOCK)), &args)?;
+        }
+        Ok(parts)
     }
 
-    /// Tensor maps for pairs of operands [m, k] and [n, k], in this order.
-    fn maps(&self, [m, n, k]: [usize; 3], pairs: &[(Arg, Arg)], shape: &Hopper) -> Result<Vec<Arg>> {
+    /// Whether Hopper's products can make this one: the module is there and wanted, and rows in memory are a multiple of 16
+    /// bytes, none empty.
+    fn on_hopper(&self, layout: Layout, [m, n, k]: [usize; 3]) -> bool {
+        let (a_k, b_k) = layout.k_minor();
+        let widths = [if a_k { k } else { m }, if b_k { k } else { n }];
+        self.hopper && widths.iter().all(|width| width.is_multiple_of(8)) && m.min(n).min(k) > 0
+    }
+
+    /// Tensor maps for pairs of operands of m and n rows, in this order.
+    fn maps(&self, layout: Layout, [m, n, k]: [usize; 3], pairs: &[(Arg, Arg)], shape: &Hopper) -> Result<Vec<Arg>> {
+        let (a_k, b_k) = layout.k_minor();
+        let map = |k_minor: bool, operand, rows, tile| match k_minor {
+            true => self.gpu.tensor_map(operand, rows, k, tile as u32),
+            false => self.gpu.tensor_map(operand, k, rows, HOPPER_K),
+        };
         let mut maps = Vec::new();
         for &(a, b) in pairs {
-            maps.push(self.gpu.tensor_map(a, m, k, HOPPER_ROWS as u32)?);
-            maps.push(self.gpu.tensor_map(b, n, k, shape.columns as u32)?);
+            maps.push(map(a_k, a, m, HOPPER_ROWS)?);
+            maps.push(map(b_k, b, n, shape.columns)?);
         }
         Ok(maps)
     }
@@ -438,6 +469,16 @@ impl Layout {
             Layout::Tn => "tn",
         }
     }
+
+    /// Whether k runs along the rows in memory, of a and of b.
+    fn k_minor(self) -> (bool, bool) {
+        (self != Layout::Tn, self == Layout::Nt)
+    }
+}
+
+/// The next multiple of 8 if `padded`.
+fn pad(n: usize, padded: bool) -> usize {
+    if padded { n.next_multiple_of(8) } else { n }
 }
 
 /// What a product does with its sums; see `Finish` in `ptx/product.cu`.
@@ -473,6 +514,8 @@ impl Backend for Cuda {
     type Matrix = Matrix;
     type Latents = Latents;
 
+    const AHEAD: bool = true;
+
     fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -494,9 +537,12 @@ impl Backend for Cuda {
     fn fill(&self, rows: usize, cols: usize, values: &[f32], out: &mut Matrix) -> Result<()> {
         assert_eq!(values.len(), rows * cols, "as many values as the shape has");
         self.overwrite(out, rows, cols)?;
-        self.gpu.upload(values, |_, from| {
-            self.launch("round", (values.len().div_ceil(BLOCK), 1), &[u64_arg(values.len()), from, out.arg()])
-        })
+        let to = out.data.as_ref().expect("given memory above");
+        match self.dtype {
+            Dtype::F16 => self.gpu.upload(values, f16::from_f32, to),
+            Dtype::BF16 => self.gpu.upload(values, bf16::from_f32, to),
+            _ => self.gpu.upload(values, |v| v, to),
+        }
     }
 
     fn download(&self, m: &Matrix, at: usize, out: &mut [f32]) -> Result<()> {
@@ -596,7 +642,7 @@ impl Backend for Cuda {
             false.into(),
             out.arg(),
         ];
-        self.launch("gather", (acts.rows, w.cols.div_ceil(BLOCK * self.lanes())), &args)
+        self.launch("gather", (acts.rows, self.blocks(w.cols)), &args)
     }
 
     fn latents_grad(&self, d: &Matrix, w: &Matrix, acts: &Latents, write: Write, out: &mut Latents) -> Result<()> {
@@ -609,17 +655,13 @@ impl Backend for Cuda {
             let finish = Finish { bias: Arg::NULL, mask: acts.values(), relu: false, add, c: out.values() };
             return self.linear_into(d, w, &finish);
         };
-        let args = [
-            u32_arg(w.cols),
-            (&support.starts).into(),
-            (&support.columns).into(),
-            acts.values(),
-            d.arg(),
-            w.arg(),
-            add.into(),
-            out.values(),
-        ];
-        self.launch("latents_grad", (acts.rows, 1), &args)
+        let (tiles, entries) = (self.blocks(w.cols), support.entries);
+        let parts = self.words(tiles.checked_mul(entries).ok_or_else(too_large)?)?;
+        let [starts, columns] = acts.by_row();
+        let args = [u32_arg(w.cols), u32_arg(entries), starts, columns, d.arg(), w.arg(), (&parts).into()];
+        self.launch("latents_grad_parts", (acts.rows, tiles), &args)?;
+        let args = [u32_arg(tiles), u32_arg(entries), (&parts).into(), acts.values(), add.into(), out.values()];
+        self.launch("latents_grad_total", (entries.div_ceil(BLOCK), 1), &args)
     }
 
     fn weight_grad(&self, latents: &Latents, y: &Matrix, write: Write, out: &mut Matrix) -> Result<()> {
@@ -644,7 +686,7 @@ impl Backend for Cuda {
             add.into(),
             out.arg(),
         ];
-        self.launch("gather", (rows, cols.div_ceil(BLOCK * self.lanes())), &args)
+        self.launch("gather", (rows, self.blocks(cols)), &args)
     }
 
     fn latents_column_sums(&self, latents: &Latents, out: &mut Matrix) -> Result<()> {
@@ -712,7 +754,7 @@ impl Backend for Cuda {
         self.overwrite(out, a.rows, a.cols)?;
         let n = a.rows * a.cols;
         let args = [u64_arg(n), a.arg(), b.arg(), g.into(), out.arg()];
-        self.launch("squared_distances_grad", (n.div_ceil(BLOCK), 1), &args)
+        self.launch("squared_distances_grad", (self.blocks(n), 1), &args)
     }
 
     fn group_norms(&self, w: &Matrix, groups: usize, out: &mut Matrix) -> Result<()> {
@@ -760,7 +802,7 @@ impl Backend for Cuda {
             ]
             .map(Arg::from),
         );
-        self.launch("adam", (n.div_ceil(BLOCK), 1), &args)
+        self.launch("adam", (self.blocks(n), 1), &args)
     }
 }
 

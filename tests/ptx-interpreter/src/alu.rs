@@ -73,8 +73,8 @@ pub(crate) fn alu(stem: &str, mods: &[&str], types: &[Ty]) -> Option<Alu> {
         ("div", 32) if ty.kind == Kind::Signed => {
             each!(|a, b, c| u64::from((a as i32).checked_div(b as i32).unwrap_or(-1) as u32))
         }
-        ("min", 32) if ty.kind == Kind::Unsigned => each!(|a, b, c| a.min(b)),
-        ("max", 32) if ty.kind == Kind::Unsigned => each!(|a, b, c| a.max(b)),
+        ("min", 32 | 64) if ty.kind == Kind::Unsigned => each!(|a, b, c| a.min(b)),
+        ("max", 32 | 64) if ty.kind == Kind::Unsigned => each!(|a, b, c| a.max(b)),
         ("min", 32) if ty.kind == Kind::Signed => each!(|a, b, c| u64::from((a as i32).min(b as i32) as u32)),
         ("max", 32) if ty.kind == Kind::Signed => each!(|a, b, c| u64::from((a as i32).max(b as i32) as u32)),
         ("neg", 32) if int => each!(|a, b, c| u64::from((a as u32).wrapping_neg())),

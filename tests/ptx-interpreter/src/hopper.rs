@@ -117,32 +117,49 @@ pub(crate) fn copy_box(
     Ok(map.box_rows as usize * map.box_cols as usize * 2)
 }
 
-/// An operand of wgmma in shared memory: rows of 128 bytes, groups of 8 rows `stride` bytes apart, swizzled.
+/// An operand of wgmma in shared memory, 16 k of it: lines of 128 bytes, groups of 8 lines `stride` bytes apart, swizzled.
+/// K-minor: a line holds the k of a row. Otherwise it holds 64 rows for one k, and the next 64 are `leading` bytes further on.
 #[derive(Clone, Copy)]
 pub(crate) struct Descriptor {
     at: u64,
+    leading: u64,
     stride: u64,
+    k_minor: bool,
 }
 
 impl Descriptor {
-    pub(crate) fn new(bits: u64) -> Result<Self, String> {
+    pub(crate) fn new(bits: u64, k_minor: bool) -> Result<Self, String> {
         if bits >> 62 != 1 || bits >> 49 & 7 != 0 {
             return Err(format!("descriptor {bits:#x}: only swizzling in 128 bytes, without an offset"));
         }
-        Ok(Descriptor { at: (bits & 0x3fff) << 4, stride: (bits >> 32 & 0x3fff) << 4 })
+        let bytes = |from: u32| (bits >> from & 0x3fff) << 4;
+        Ok(Descriptor { at: bytes(0), leading: bytes(16), stride: bytes(32), k_minor })
     }
 
-    /// The two chunks of 8 elements that hold 16 k of a row.
-    pub(crate) fn chunks(self, row: u64) -> [u64; 2] {
-        let at = self.at + row / 8 * self.stride + row % 8 * 128;
-        [swizzled(at), swizzled(at + 16)]
+    /// Where an element lies.
+    fn at(self, row: u64, k: u64) -> u64 {
+        match self.k_minor {
+            true => swizzled(self.at + row / 8 * self.stride + row % 8 * 128 + k / 8 * 16) + k % 8 * 2,
+            false => {
+                let line = self.at + row / 64 * self.leading + k / 8 * self.stride + k % 8 * 128;
+                swizzled(line + row % 64 / 8 * 16) + row % 8 * 2
+            }
+        }
+    }
+
+    /// The chunks of 16 bytes that hold 16 k of these rows, whose number is a multiple of 8.
+    pub(crate) fn chunks(self, rows: std::ops::Range<u64>) -> Vec<u64> {
+        let (row_step, k_step) = if self.k_minor { (1, 8) } else { (8, 1) };
+        let of_row = |row| (0..16).step_by(k_step).map(move |k| self.at(row, k));
+        rows.step_by(row_step).flat_map(of_row).collect()
     }
 
     fn row(self, shared: &mut Shared, who: Who, row: u64, bf16: bool) -> Result<[f64; 16], String> {
         let mut out = [0.0; 16];
-        for (half, at) in out.chunks_exact_mut(8).zip(self.chunks(row)) {
-            let data = shared.read_in_flight(who, at, 16)?;
-            for (v, pair) in half.iter_mut().zip(data.chunks_exact(2)) {
+        let together = if self.k_minor { 8 } else { 1 };
+        for (i, values) in out.chunks_exact_mut(together).enumerate() {
+            let data = shared.read_in_flight(who, self.at(row, (i * together) as u64), together * 2)?;
+            for (v, pair) in values.iter_mut().zip(data.chunks_exact(2)) {
                 let bits = u16::from_le_bytes([pair[0], pair[1]]);
                 *v = f64::from(if bf16 { bf16_to_f32(bits) } else { f16_to_f32(bits) });
             }

@@ -293,14 +293,15 @@ impl<'a> Block<'a> {
             }
             Op::Load { space, bytes, signed } => self.load(warp, ins, exec, *space, *bytes, *signed),
             Op::Store { space, bytes } => self.store(warp, ins, exec, *space, *bytes),
-            Op::AtomicOr => {
+            Op::Atomic { max } => {
                 let (at, value) = (self.address(warp, &ins.from[0])?, self.owned(warp, &ins.from[1])?);
                 let mut out = [0; 32];
                 for lane in lanes_of(exec) {
                     let word = self.global(warp, at[lane], 4)?.cast::<u32>();
                     // SAFETY: four aligned bytes of an allocation; blocks on other threads use the same operation.
-                    let old = unsafe { AtomicU32::from_ptr(word) }.fetch_or(value[lane] as u32, Ordering::Relaxed);
-                    out[lane] = u64::from(old);
+                    let (word, value) = (unsafe { AtomicU32::from_ptr(word) }, value[lane] as u32);
+                    let change = if *max { AtomicU32::fetch_max } else { AtomicU32::fetch_or };
+                    out[lane] = u64::from(change(word, value, Ordering::Relaxed));
                 }
                 warp.set(&ins.to[0], &out, exec)
             }
@@ -371,8 +372,14 @@ impl<'a> Block<'a> {
             }
             Op::Wgmma { bf16, n } => {
                 whole_warp(exec)?;
-                let descriptor = |o| Descriptor::new(self.owned(warp, o)?[0]);
-                let operands = [descriptor(&ins.from[0])?, descriptor(&ins.from[1])?];
+                // Behind the descriptors and whether to keep: both signs, then whether each operand is not k-minor.
+                let operand = |i: usize| match ins.from[5 + i] {
+                    Operand::Imm(transposed @ 0..=1) => {
+                        Descriptor::new(self.owned(warp, &ins.from[i])?[0], transposed == 0)
+                    }
+                    _ => Err("how an operand of wgmma lies".to_string()),
+                };
+                let operands = [operand(0)?, operand(1)?];
                 let keep = self.owned(warp, &ins.from[2])?[0] != 0;
                 let registers = vector(&ins.to[0])?;
                 let mut d = registers.iter().map(|o| self.owned(warp, o)).collect::<Result<Vec<_>, _>>()?;
@@ -391,8 +398,7 @@ impl<'a> Block<'a> {
                 let who = Who { agent: warp.index, lane: 0 };
                 let first = warp.index as u64 % 4 * 16;
                 for [a, b] in std::mem::take(&mut warp.products) {
-                    let rows = (first..first + 16).flat_map(|row| a.chunks(row));
-                    for at in rows.chain((0..warp.product_rows).flat_map(|row| b.chunks(row))) {
+                    for at in [a.chunks(first..first + 16), b.chunks(0..warp.product_rows)].concat() {
                         self.shared.read(who, at, 16)?;
                     }
                 }

@@ -118,7 +118,9 @@ pub(crate) enum Op {
         space: Space,
         bytes: usize,
     },
-    AtomicOr,
+    Atomic {
+        max: bool,
+    },
     Branch(usize),
     Return,
     /// Number, and how many threads meet; none: all of the block.
@@ -459,7 +461,8 @@ fn instruction(text: &str, names: &Names, labels: &HashMap<String, usize>) -> Re
             (Op::Load { space: space()?, bytes: ty.bits as usize / 8, signed: ty.kind == Kind::Signed }, 1)
         }
         "st" => (Op::Store { space: space()?, bytes: need()?.bits as usize / 8 }, 0),
-        "atom" if has("or") && has("b32") && has("global") => (Op::AtomicOr, 1),
+        "atom" if has("or") && has("b32") && has("global") => (Op::Atomic { max: false }, 1),
+        "atom" if has("max") && has("u32") && has("global") => (Op::Atomic { max: true }, 1),
         "bar" | "barrier" if has("sync") && !has("warp") => match operands[..] {
             [Operand::Imm(id)] => (Op::Barrier { id, threads: None }, 0),
             [Operand::Imm(id), Operand::Imm(n)] => (Op::Barrier { id, threads: Some(n) }, 0),

@@ -3,9 +3,25 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+/// The number of threads that this process can run at a time.
+pub(crate) fn available() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What `f` gives, and what `other` does, which runs beside it on a thread of its own; after it if none can be started.
+pub(crate) fn beside<T, U: Send>(f: impl FnOnce() -> T, other: impl FnOnce() -> U + Send) -> (T, U) {
+    let (mut other, mut theirs) = (Some(other), None);
+    let ours = std::thread::scope(|scope| {
+        let (other, theirs) = (&mut other, &mut theirs);
+        let _ = std::thread::Builder::new().spawn_scoped(scope, move || *theirs = other.take().map(|other| other()));
+        f()
+    });
+    (ours, theirs.unwrap_or_else(|| other.take().expect("what did not run there is still here")()))
+}
+
 /// Calls `work(first_row, rows)` on pieces of `out`, which holds rows of `row_len` elements; pieces begin at multiples of
 /// `step` rows. On the calling thread alone if there is one thread or one piece.
-pub(super) fn for_rows<E: Send>(
+pub(crate) fn for_rows<E: Send>(
     threads: usize,
     out: &mut [E],
     row_len: usize,
@@ -23,7 +39,7 @@ pub(super) fn for_rows<E: Send>(
 
 /// Calls `work` on each item; a thread that is done with one takes the next. Each thread makes itself a state first. The
 /// calling thread is one of the threads.
-pub(super) fn for_each<I: Send, S>(
+pub(crate) fn for_each<I: Send, S>(
     threads: usize,
     items: impl Iterator<Item = I> + Send,
     state: impl Fn() -> S + Sync,
@@ -51,6 +67,6 @@ pub(super) fn for_each<I: Send, S>(
 }
 
 /// `range` in pieces of `step`.
-pub(super) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> + Send + Clone {
+pub(crate) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> + Send + Clone {
     range.clone().step_by(step.max(1)).map(move |start| start..(start + step.max(1)).min(range.end))
 }
