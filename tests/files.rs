@@ -304,6 +304,21 @@ fn rows_are_read_from_every_format() {
 }
 
 #[test]
+fn a_file_is_opened_by_its_path_which_errors_name() {
+    let path = fixture("pt/values.pt");
+    let mut file = pt::open(&path).unwrap();
+    let tensor = file.tensors()[0].tensor.clone();
+    assert_eq!(file.read(&tensor).unwrap().shape(), tensor.shape);
+    let error = |name: &str| pt::open(fixture(name)).unwrap_err().to_string();
+    for (name, words) in
+        [("pt", "a folder, not a file"), ("pt/none.pt", "cannot open"), ("make_layouts.py", "not a .pt file")]
+    {
+        let said = error(name);
+        assert!(said.contains(words) && said.contains(name), "{said}");
+    }
+}
+
+#[test]
 fn eight_readers_at_once() {
     let path = fixture("pt").join("many.pt");
     std::thread::scope(|scope| {
@@ -407,6 +422,98 @@ fn writers_refuse_what_they_cannot_write() {
         assert!(pt::write_state_dict(Full(room), "x", &[("t", &t)]).is_err(), "room for {room}");
     }
     assert!(pt::write_state_dict(Full(whole), "x", &[("t", &t)]).is_ok());
+}
+
+/// A source of that many zeros.
+struct Zeros([usize; 1]);
+
+impl TensorSource for Zeros {
+    fn dtype(&self) -> Dtype {
+        Dtype::U8
+    }
+    fn shape(&self) -> &[usize] {
+        &self.0
+    }
+    fn strides(&self) -> &[usize] {
+        &[1]
+    }
+    fn le_bytes(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let piece = vec![0; 1 << 20];
+        (0..self.0[0]).step_by(piece.len()).try_for_each(|at| sink(&piece[..piece.len().min(self.0[0] - at)]))
+    }
+}
+
+/// A file in memory whose long pieces of zeros take none.
+#[derive(Default)]
+struct Sparse {
+    pieces: Vec<(u64, Vec<u8>)>,
+    length: u64,
+    at: u64,
+}
+
+impl std::io::Write for Sparse {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        // Only `Zeros` gives long ones.
+        if bytes.len() < 1 << 16 {
+            self.pieces.push((self.length, bytes.to_vec()));
+        }
+        self.length += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl std::io::Read for Sparse {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let n = out.len().min((self.length - self.at.min(self.length)) as usize);
+        out[..n].fill(0);
+        let end = self.at + n as u64;
+        for (start, bytes) in &self.pieces {
+            let (from, to) = (self.at.max(*start), end.min(start + bytes.len() as u64));
+            if from < to {
+                let piece = &bytes[(from - start) as usize..(to - start) as usize];
+                out[(from - self.at) as usize..(to - self.at) as usize].copy_from_slice(piece);
+            }
+        }
+        self.at = end;
+        Ok(n)
+    }
+}
+
+impl std::io::Seek for Sparse {
+    fn seek(&mut self, to: std::io::SeekFrom) -> std::io::Result<u64> {
+        self.at = match to {
+            std::io::SeekFrom::Start(at) => at,
+            std::io::SeekFrom::Current(by) => self.at.checked_add_signed(by).unwrap(),
+            std::io::SeekFrom::End(by) => self.length.checked_add_signed(by).unwrap(),
+        };
+        Ok(self.at)
+    }
+}
+
+#[test]
+fn a_file_beyond_4_gib_goes_round() {
+    // A short record, a long one, then one that is empty and a short one, which lie beyond 4 GiB.
+    let (long, small, none) =
+        (Zeros([(1 << 32) + 12_345]), patterned(Dtype::F32, &[5, 7]), patterned(Dtype::F32, &[0]));
+    let entries: [(&str, &dyn TensorSource); 4] =
+        [("first", &small), ("long", &long), ("none", &none), ("last", &small)];
+    let root = Save::Dict(entries.iter().map(|&(name, tensor)| (name.into(), Save::Tensor(tensor))).collect());
+    let file = Writer::new(Sparse::default(), "big").unwrap().save(&root).unwrap();
+    // What is left of the file that PyTorch 2.15 writes for the same dict, `torch.save(dict, "big.pt")`, without the zeros.
+    let kept: Vec<u8> = file.pieces.iter().filter(|p| p.1.iter().any(|&b| b != 0)).flat_map(|p| p.1.clone()).collect();
+    assert_eq!((file.length, kept.len(), crc32(&kept)), (4_294_982_273, 2632, 0x2e7a_5657));
+    let mut file = PtFile::new(file).unwrap();
+    let found: Vec<_> = file.tensors().iter().map(|t| (t.name.clone(), t.tensor.shape.clone())).collect();
+    let expected = entries.map(|(name, tensor)| (name.to_owned(), tensor.shape().to_vec()));
+    assert_eq!(found, expected);
+    for name in ["first", "last"] {
+        let tensor = file.find(&[name.into()]).unwrap();
+        assert_eq!(file.read(&tensor).unwrap(), small);
+    }
 }
 
 #[test]

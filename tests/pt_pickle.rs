@@ -848,6 +848,52 @@ fn containers_say_how_many_they_hold() {
     value(b"}", |dict| assert!(matches!(dict, Value::Dict(entries) if entries.is_empty())));
 }
 
+#[test]
+fn values_answer_for_what_they_are() {
+    type Answers<'a> = (Option<i64>, Option<f64>, Option<bool>, Option<&'a str>, bool, usize, usize);
+    let answers = |v: Value<'_>, expected: Answers<'_>| {
+        let (items, entries) = (v.items().count(), v.entries().count());
+        let found = (v.as_i64(), v.as_f64(), v.as_bool(), v.as_str(), v.as_tensor().is_some(), items, entries);
+        assert_eq!(found, expected, "{v:?}");
+        assert_eq!(v.get("k").is_some(), entries > 0);
+    };
+    value(b"N", |v| answers(v, (None, None, None, None, false, 0, 0)));
+    value(b"\x88", |v| answers(v, (None, None, Some(true), None, false, 0, 0)));
+    value(b"K\x07", |v| answers(v, (Some(7), Some(7.0), None, None, false, 0, 0)));
+    value(b"G\x3f\xf8\0\0\0\0\0\0", |v| answers(v, (None, Some(1.5), None, None, false, 0, 0)));
+    value(&s("seven"), |v| answers(v, (None, None, None, Some("seven"), false, 0, 0)));
+    value(b"K\x07K\x08\x86", |v| answers(v, (None, None, None, None, false, 2, 0)));
+    value(b"\x8f(K\x01\x90", |v| answers(v, (None, None, None, None, false, 1, 0)));
+    value(&cat(&[b"}", &s("k"), b"Ns"]), |v| answers(v, (None, None, None, None, false, 0, 1)));
+    value(&w(), |v| answers(v, (None, None, None, None, true, 0, 0)));
+    // Beyond 64 bits it is neither an integer of these nor a float.
+    value(b"\x8a\x09\0\0\0\0\0\0\0\x80\0", |v| {
+        answers(v, (None, None, None, None, false, 0, 0));
+        assert!(matches!(v, Value::Big(n) if n.le_bytes() == [0, 0, 0, 0, 0, 0, 0, 0x80, 0]));
+    });
+}
+
+/// What was written before is referred to by its number, in one byte or in four.
+#[test]
+fn strings_are_written_once_as_by_python() {
+    let texts = || (0..300).map(|i| format!("{i:03}"));
+    let all = texts().chain(["000", "254", "255", "299"].map(str::to_owned)).map(Save::Str).collect();
+    let file = Writer::new(Vec::new(), "a").unwrap().save(&Save::List(all)).unwrap();
+    // The list is number 0.
+    let once: Vec<u8> = (1u32..)
+        .zip(texts())
+        .flat_map(|(n, text)| match u8::try_from(n) {
+            Ok(n) => cat(&[&s(&text), &[b'q', n]]),
+            Err(_) => cat(&[&s(&text), b"r", &n.to_le_bytes()]),
+        })
+        .collect();
+    let pickle = cat(&[b"\x80\x02]q\0(", &once, b"h\x01h\xffj\0\x01\0\0j\x2c\x01\0\0e."]);
+    assert!(file.windows(pickle.len()).any(|w| w == pickle));
+    let read = PtFile::new(Cursor::new(file)).unwrap();
+    let found: Vec<_> = read.root().items().filter_map(|v| v.as_str()).collect();
+    assert_eq!((found.len(), &found[300..]), (304, &["000", "254", "255", "299"][..]));
+}
+
 /// As CPython's pickler writes them in protocol 2.
 #[test]
 fn integers_are_written_as_by_python() {
