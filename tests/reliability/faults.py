@@ -7,13 +7,18 @@
 A small library that the program is made to load (LD_PRELOAD) lets the first, the second, … call of a kind fail with an error,
 counted over all threads, until a run makes no more of them; `fsync` includes fdatasync. (`--calls thread`: the start of a thread fails with EAGAIN.) The runs: `train`, a
 new run that saves three times; `resume`, the rest of a run that was stopped; `convert --force` and `report --force` over older
-files; `encode`. A run may succeed (after EINTR, or where the call does not matter): then all its files must be those of an
+files; `encode`; `download`, of a small file and one of 300 kB, from a stand-in for the hub on this machine. A run may succeed (after EINTR, or where the call does not matter): then all its files must be those of an
 undisturbed run. Or it fails, with status 1 and a message: then
 
 - train, resume: each checkpoint that is there is bit for bit the undisturbed run's, with its cfg; the same command with
   `--resume` ends with all the files of the undisturbed run, bit for bit, and no other;
+- download: each file of the cache is not there or whole (but for an .incomplete that the next run goes on with), and the same
+  command then ends with the whole cache;
 - convert: weights and cfg are both the old ones or both the new ones; report and encode: each file is the old one (or is not
   there) or the new one; no temporary file stays.
+
+With `--errors KILL` the call is where the process is killed (SIGKILL): then temporary files may stay, and of a pair that convert
+replaces the weights may be gone from their place, but never stand beside the other pair's cfg.
 
 At the end the order of durability, from strace's log of all calls: data are synced before they are renamed into their place, folders after a
 rename or a new folder in them, before the next rename; the cfg is in its place before the weights, both before `resume.pt`.
@@ -23,11 +28,14 @@ Needs Linux, a C compiler (cc) and, for the order, strace.
 
 import collections
 import errno
+import hashlib
+import http.server
 import os
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import common
@@ -38,6 +46,7 @@ LIBRARY = r"""
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -58,6 +67,7 @@ __attribute__((constructor)) static void begin(void) {
 static int fails(const char *call) {
     if (!kind || strcmp(kind, call) || atomic_fetch_add(&calls, 1) + 1 != nth) return 0;
     syscall(SYS_close, syscall(SYS_openat, AT_FDCWD, getenv("FAULT_MARK"), O_CREAT | O_WRONLY, 0600));
+    if (!error) kill(getpid(), SIGKILL);
     errno = error;
     return 1;
 }
@@ -93,11 +103,47 @@ def tree(dir):
     return {str(p.relative_to(dir)): p.read_bytes() for p in paths}
 
 
-class Verb:
-    """A command, what is there before it, and what may be there after it failed."""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALL, LARGE = b'{"small": true}', bytes(range(256)) * 1172
 
-    def __init__(self, args, dir, name, before, command, groups=None):
-        self.args, self.dir, self.name, self.command, self.groups = args, dir, name, command, groups
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub: a small file with git's id as its ETag, and a large one with its SHA-256."""
+
+    protocol_version = "HTTP/1.1"
+    FILES = {"cfg.json": (SMALL, hashlib.sha1(b"blob %d\0" % len(SMALL) + SMALL).hexdigest()), "w.bin": (LARGE, hashlib.sha256(LARGE).hexdigest())}
+
+    def do_GET(self):
+        data, etag = self.FILES[self.path.rsplit("/", 1)[1]]
+        begun = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        rest = data[int(begun[1]) :] if begun else data
+        self.send_response(206 if begun else 200)
+        if begun:
+            self.send_header("Content-Range", f"bytes {begun[1]}-{len(data) - 1}/{len(data)}")
+        for name, value in {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(rest)), "Accept-Ranges": "bytes"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(rest)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A client that goes away is what is being tried."""
+
+
+class Verb:
+    """A command, what is there before it, and what may be there after it failed; `again` if the same command must then succeed."""
+
+    def __init__(self, args, dir, name, before, command, groups=None, again=False):
+        self.args, self.dir, self.name, self.command, self.groups, self.again = args, dir, name, command, groups, again
         self.before = dir / f"{name}-before"
         self.before.mkdir()
         before(self.before)
@@ -118,8 +164,9 @@ class Verb:
         """What is wrong, if anything, once a disturbed run has ended."""
         if status == 0:
             return [] if tree(work) == self.new else ["success, but other files"]
-        wrong = [] if status == 1 else [f"status {status}"]
-        if not re.search(r"^crosscoder: .", error, re.M) or "panicked" in error:
+        killed = status == -signal.SIGKILL
+        wrong = [] if status == 1 or killed else [f"status {status}"]
+        if not killed and not re.search(r"^crosscoder: .", error, re.M) or "panicked" in error:
             wrong.append(f"said {error!r}")
         found = tree(work)
         if self.groups is None:
@@ -139,10 +186,20 @@ class Verb:
             return wrong
         for group in self.groups:
             state = [found.get(name) for name in group]
-            if state not in ([self.old.get(name) for name in group], [self.new[name] for name in group]):
+            whole = [[files.get(name) for name in group] for files in (self.old, self.new)]
+            if state not in whole and not (killed and len(group) == 2 and state[0] is None and state[1] in [None, whole[0][1], whole[1][1]]):
                 wrong.append(f"{' and '.join(group)}: neither the old nor the new")
-        strangers = found.keys() - self.new.keys() - self.old.keys()
-        return wrong + [f"left {name}" for name in sorted(strangers)]
+        # For the next start to remove, or to go on with.
+        may_stay = (*[".crosscoder-tmp"] * killed, *[".incomplete"] * self.again)
+        strangers = {name for name in found.keys() - self.new.keys() - self.old.keys() if not name.endswith(may_stay)}
+        wrong += [f"left {name}" for name in sorted(strangers)]
+        if self.again:
+            done = common.run(self.args, self.command(work))
+            # What a killed process was about to rename stays, as huggingface_hub's does.
+            found = {name: data for name, data in tree(work).items() if not killed or not name.endswith(".incomplete")}
+            if done.returncode != 0 or found != self.new:
+                wrong.append(f"again: {done.stderr!r}, other files {sorted(found.keys() ^ self.new.keys())}")
+        return wrong
 
 
 def verbs(args, dir):
@@ -180,6 +237,13 @@ def verbs(args, dir):
             (work / name).write_bytes(b"old " + name.encode())
 
     report = lambda work: ["report", version, acts, "--force", "--out", work / "a.html", "--json", work / "a.json", "--csv", work / "a.csv"]
+    server = Server(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_CACHE=str(dir / "work/cache"))
+    files = [f"cache/models--org--name/{name}" for name in ("refs/main", *(f"blobs/{etag}" for _, etag in Hub.FILES.values()))]
+    files += [f"cache/models--org--name/snapshots/{COMMIT}/{name}" for name in Hub.FILES]
+    download = lambda work: ["download", "org/name", *Hub.FILES]
+    yield Verb(args, dir, "download", lambda work: None, download, [[name] for name in files], again=True)
     yield Verb(args, dir, "report", reported, report, [["a.html"], ["a.json"], ["a.csv"]])
 
 
@@ -187,7 +251,8 @@ def inject(args, verb, library, call, error, n):
     """Runs a command whose n-th call fails; the folder, status, stderr and whether there was an n-th."""
     work, mark = verb.start(), library.with_suffix(".mark")
     mark.unlink(missing_ok=True)
-    fault = {"LD_PRELOAD": library, "FAULT_CALL": call, "FAULT_N": str(n), "FAULT_ERRNO": str(getattr(errno, error)), "FAULT_MARK": mark}
+    number = getattr(errno, error, 0)  # 0 kills
+    fault = {"LD_PRELOAD": library, "FAULT_CALL": call, "FAULT_N": str(n), "FAULT_ERRNO": str(number), "FAULT_MARK": mark}
     done = common.run(args, verb.command(work), env={**os.environ, **fault})
     return work, done.returncode, done.stderr, mark.exists()
 
@@ -250,7 +315,7 @@ def order(args, verb, log):
         saves = last[1:] if verb.name == "train" else last
         common.check(len(saves) % 3 == 0 and saves == ["N_cfg.json", "N.pt", "resume.pt"] * (len(saves) // 3), f"{verb.name}: cfg, weights, resume.pt", saves)
     if verb.name == "convert":
-        common.check(last == ["out_cfg.json", "out.pt"], "convert: cfg, weights", last)
+        common.check(last == [".out.pt.N-N.crosscoder-tmp", "out_cfg.json", "out.pt"], "convert: old weights away, cfg, weights", last)
     print(f"{verb.name}: {renames} renames in order", flush=True)
 
 
@@ -258,7 +323,7 @@ def main():
     p = common.parser(__doc__)
     p.add_argument("--calls", default="write,fsync,rename,open,ftruncate,mkdir")
     p.add_argument("--errors", default="ENOSPC,EIO,EINTR")
-    p.add_argument("--only", default="train,resume,convert,encode,report")
+    p.add_argument("--only", default="train,resume,convert,encode,download,report")
     args = p.parse_args()
     args.program = os.path.abspath(args.program)
     dir = common.folder(args)
@@ -282,6 +347,8 @@ def main():
                     n += 1
                 if n > 1:
                     print(f"{verb.name}: {call} {error}: {n - 1} tried, {dict(ends)}", flush=True)
+        if verb.name == "download":
+            continue  # a cache, which nobody relies on after a power failure
         if shutil.which("strace"):
             order(args, verb, dir / "strace.log")
         else:

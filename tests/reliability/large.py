@@ -2,7 +2,7 @@
 """Checkpoints of 604 MB and 4.5 GB, activations of 8 GB: how much memory and time they take.
 
     cargo build --release
-    tests/reliability/large.py [checkpoints] [activations] [--dict-sizes 16384 122880] [--gigabytes 8]
+    tests/reliability/large.py [checkpoints] [activations] [--dict-sizes 16384 122880] [--gigabytes 8] [--formats npy safetensors pt]
 
 checkpoints  two models of d_in 2304 in float32: 16,384 latents are 604 MB, 122,880 are 4.5 GB (more than a zip without zip64
              holds). `info --list` takes at most 20 ms (the median of nine) and 32 MiB; `convert` from .pt to .pt, which loads and saves,
@@ -185,7 +185,7 @@ def activations(args, dir):
     cfg, out = dir / "given.json", dir / "out"
     cfg.write_text('{"normalisation_factor": [1.0, 1.0]}')
     small = "--dict_size 32 --batch_size 256 --save_every 1000 --log_every 50 --no-report --val-fraction 0"
-    for suffix in ("npy", "safetensors", "pt"):
+    for suffix in args.formats:
         path = dir / f"large.{suffix}"
         if suffix == "npy":
             common.write_npy(path, (rows, 2, D_IN), [])
@@ -212,6 +212,7 @@ def main():
     p.add_argument("parts", nargs="*", default=["checkpoints", "activations"], metavar="checkpoints|activations")
     p.add_argument("--dict-sizes", type=int, nargs="+", default=[16_384, 122_880])
     p.add_argument("--gigabytes", type=float, default=8)
+    p.add_argument("--formats", nargs="+", choices=["npy", "safetensors", "pt"], default=["npy", "safetensors", "pt"])
     args = p.parse_args()
     dir, parts = common.folder(args), args.parts
     if "checkpoints" in parts:
