@@ -176,7 +176,7 @@ __device__ __forceinline__ void product(u32 K, const Map* const* a, const Map* c
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr u32 PARTS = P::PARTS, STAGES = P::STAGES, N_TILE = P::N_TILE, SUMS = N_TILE / 2;
     constexpr u32 A_BYTES = M_TILE * K_TILE * 2, B_BYTES = N_TILE * K_TILE * 2, STAGE = PARTS * (A_BYTES + B_BYTES);
-    const u32 group = threadIdx.x / GROUP, m0 = blockIdx.x * M_TILE, n0 = blockIdx.y * N_TILE;
+    const u32 group = threadIdx.x / GROUP, m0 = block_tile().x * M_TILE, n0 = block_tile().y * N_TILE;
     const u32 steps = (K + K_TILE - 1) / K_TILE, base = shared(memory);
     auto full = [&](u32 s) { return base + STAGES * STAGE + s * 16; };
     auto empty = [&](u32 s) { return full(s) + 8; };
