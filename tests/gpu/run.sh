@@ -17,6 +17,7 @@
 # is measured is printed and written at once, what is worth most first: whoever loses the machine keeps what was done.
 #
 #   RESULTS=F                        writes there instead of ptx/RESULTS.md
+#   ORIGINAL=crosscoder.py           times the original's own class too
 #   CROSSCODER_BENCHMARK=24,2,96,32,6   other sizes (d_in, models, dict, batch, latents on): to try the script out
 #
 # Exit status 1 if a golden case or a test failed.
@@ -71,10 +72,10 @@ say '' '## Benchmark' '' \
     "d_in, models, dict, batch, latents on: $sizes. A step is forward, backward, clipping and Adam, with the batch's way up from" \
     "the host. Each row's product is checked against float64 where it is timed. \`general\`: without Hopper's own products." ''
 part 120 "$scratch/benchmark" "$programs/cuda-tests" --ignored --nocapture --test-threads=1 benchmark || failed "$scratch/benchmark"
-say "$(grep -o 'device: .*' "$scratch/benchmark")" '' "$(grep '^|' "$scratch/benchmark")"
+say "$(grep -o 'device: .*' "$scratch/benchmark")" '' "$(sed -n '/^$/p; /^|/p' "$scratch/benchmark" | cat -s)"
 
 say '' '## PyTorch on the same device' ''
-part 120 "$scratch/torch" "$python" "$root/tests/gpu/torch_step.py" "$sizes" ||
+part 120 "$scratch/torch" "$python" "$root/tests/gpu/torch_step.py" "$sizes" ${ORIGINAL:+"$ORIGINAL"} ||
     echo "PyTorch: not measured: $(tail -n 1 "$scratch/torch.err")" >> "$scratch/torch"
 say "$(cat "$scratch/torch")"
 
@@ -82,6 +83,8 @@ say '' '## Against the targets' ''
 cat "$scratch/torch" "$scratch/benchmark" | awk -F'|' '
     function number(text) { gsub(/[^0-9.]/, "", text); return text + 0 }
     function least(old, new) { return old == 0 || new < old ? new : old }
+    /^\| the original float32, TF32 off/ { torch32 = number($4) }
+    /^\| the original bfloat16/ { torch16 = number($4) }
     /^\| PyTorch float32, TF32 off/ { torch32 = number($4) }
     /^\| PyTorch float32, TF32 on/ { tf32 = number($4) }
     /^\| PyTorch bfloat16/ { cublas = number($3); torch16 = number($4) }
