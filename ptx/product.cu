@@ -297,9 +297,9 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
     }
 }
 
-// The sums of a block in shared memory, where the tiles were: since the last barrier nobody reads them or waits for one. Rows
-// are SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
-// half a warp writes at a time lie in different banks.
+// The sums of a block in shared memory, where the tiles were: since the last barrier nobody reads them or waits for one.
+// Rows are SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that half a warp writes at a time lie in
+// different banks.
 #define SUM_STRIDE (TILE + 8)
 
 template <class W>
@@ -322,11 +322,10 @@ __device__ __forceinline__ const float* put_sums(const typename W::Sum& sum) {
 
 // ---- float32 as two float16 ------------------------------------------------------------------------------------------
 
-// For each row of an operand, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
-// [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by
-// some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
-// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. *nonfinite is
-// set if an element is not finite.
+// For each row of an operand, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude
+// lies in [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs
+// by some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
+// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. *nonfinite is set if an element is not finite.
 __device__ __forceinline__ int shift_of(u32 largest) { return min(14 - ((int)(largest >> 23) - 127), 126); }
 
 __device__ __forceinline__ void split4(const float* x, const int* shift, u16* high, u16* low) {

@@ -457,8 +457,8 @@ impl Gpu {
     /// Brings `values` up, each `narrow`ed on the way, beside the computation, and then into `to`.
     ///
     /// Two slots take turns: a batch is copied while the device still works on what was launched before, with another
-    /// batch. In training that is the optimiser's step: before it the host waits for the gradients' norms. Host memory is
-    /// free again when this returns.
+    /// batch. Another thread may call this in the middle of a step: the device then waits for the last piece at most. Host
+    /// memory is free again when this returns.
     ///
     /// # Panics
     /// If they do not fit.
