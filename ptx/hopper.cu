@@ -1,8 +1,10 @@
 // Dense products for Hopper: operands come by the copy engine (TMA), sums are made by wgmma.
 //
-// c[m, n] = Σ_k a(m, k) · b(n, k) in the layouts of product.cu, nt, nn and tn, finished as Finish in product.cuh says; a and b
-// are described by tensor maps, which have zeros beyond the ends. A block of three warpgroups makes a tile of 128 × N_TILE: one asks for
-// tiles of 64 k, STAGES of them in flight, two compute 64 rows each. Grid: tiles of M, tiles of N.
+// c[m, n] = Σ_k a(m, k) · b(n, k) in the layouts of product.cu, nt, nn and tn, finished as Finish in product.cuh says; a
+// and b are described by tensor maps, which have zeros beyond the ends.
+//
+// A block of three warpgroups makes a tile of 128 × N_TILE: one asks for tiles of 64 k, STAGES of them in flight, two
+// compute 64 rows each. Grid: tiles of M, tiles of N.
 #include "product.cuh"
 
 #define M_TILE 128
@@ -62,7 +64,8 @@ __device__ __forceinline__ u64 operand(u32 at, u32 k) {
     return (u64)((at & 0x3ffff) >> 4) | (u64)(K_MINOR ? 1 : BOX_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-// d = a · b, added to d if `keep`: [64, n] from 16 k. A_T, B_T: 1 where an operand is not k-minor. Asynchronous; d must not be touched before wgmma_finish.
+// d = a · b, added to d if `keep`: [64, n] from 16 k. A_T, B_T: 1 where an operand is not k-minor. Asynchronous; d must
+// not be touched before wgmma_finish.
 #define WGMMA_128(NAME, TYPE)                                                                                          \
     template <u32 A_T, u32 B_T>\
     __device__ __forceinline__ void NAME(float (&d)[64], u64 a, u64 b, u32 keep) {\
@@ -176,7 +179,7 @@ __device__ __forceinline__ void product(u32 K, const Map* const* a, const Map* c
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr u32 PARTS = P::PARTS, STAGES = P::STAGES, N_TILE = P::N_TILE, SUMS = N_TILE / 2;
     constexpr u32 A_BYTES = M_TILE * K_TILE * 2, B_BYTES = N_TILE * K_TILE * 2, STAGE = PARTS * (A_BYTES + B_BYTES);
-    const u32 group = threadIdx.x / GROUP, m0 = blockIdx.x * M_TILE, n0 = blockIdx.y * N_TILE;
+    const u32 group = threadIdx.x / GROUP, m0 = block_tile().x * M_TILE, n0 = block_tile().y * N_TILE;
     const u32 steps = (K + K_TILE - 1) / K_TILE, base = shared(memory);
     auto full = [&](u32 s) { return base + STAGES * STAGE + s * 16; };
     auto empty = [&](u32 s) { return full(s) + 8; };

@@ -36,7 +36,7 @@ __device__ __forceinline__ void product_ffma(u32 M, u32 N, u32 K, const float* a
     static_assert(2 * sizeof(Tiles) <= sizeof(memory), "a's and b's tiles");
     Tiles &as = ((Tiles*)memory)[0], &bs = ((Tiles*)memory)[1];
     if (only_if && !*only_if) return;
-    const u32 t = threadIdx.x, tx = t % 16, ty = t / 16, m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE;
+    const u32 t = threadIdx.x, tx = t % 16, ty = t / 16, m0 = block_tile().x * TILE, n0 = block_tile().y * TILE;
     // k-minor: 128 rows × 2 fours; otherwise 8 k × 32 fours.
     const u32 ar = A_K ? t / 2 : t % 32 * 4, ak = A_K ? t % 2 * 4 : t / 32;
     const u32 br = B_K ? t / 2 : t % 32 * 4, bk = B_K ? t % 2 * 4 : t / 32;
@@ -137,27 +137,52 @@ __device__ __forceinline__ u32 place(u32 major, u32 chunk) {
     return K_MINOR ? major * 4 + (chunk ^ (major / 2 & 3)) : major * 16 + (chunk ^ (major & 7));
 }
 
-// Copies the tile of rows from row0 on and k from k0 on, by COUNT threads. Where rows are no multiple of 16 bytes, element by
-// element.
+// Keeps a value in a register, where the compiler would compute it again in each turn of a loop.
+__device__ __forceinline__ void keep(u32& v) { asm volatile("" : "+r"(v)); }
+
+// Copies an operand's tiles of rows from row0 on, one after the other along k, by COUNT threads.
 template <bool K_MINOR, u32 COUNT>
-__device__ __forceinline__ void stage(u16* tile, const u16* p, u32 rows, u32 K, u32 row0, u32 k0) {
-    const u32 minor = K_MINOR ? K : rows, majors = K_MINOR ? rows : K;
-#pragma unroll
-    for (u32 i = 0; i < 512 / COUNT; i++) {
-        const u32 id = threadIdx.x + i * COUNT;
-        const u32 row = K_MINOR ? id / 4 : id / 16, chunk = K_MINOR ? id % 4 : id % 16;
-        const u32 major = (K_MINOR ? row0 : k0) + row, at = (K_MINOR ? k0 : row0) + chunk * 8;
-        u16* to = tile + place<K_MINOR>(row, chunk) * 8;
-        const bool there = major < majors && at < minor;
-        const u16* from = p + (there ? (u64)major * minor + at : 0);
+struct Source {
+    static constexpr u32 CHUNKS = K_MINOR ? 4 : 16, LINES = COUNT / CHUNKS;  // of a line; lines that are copied at a time
+    static_assert(LINES % 8 == 0, "chunks of all lines that a thread copies are permuted alike");
+    u32 minor, majors;  // elements of a line in memory, and how many lines there are
+    u32 major, at, to;  // this thread's first line, its first element there, and where that goes in the tile
+    u64 from;           // major · minor + at
+
+    __device__ __forceinline__ Source(u32 rows, u32 K, u32 row0) {
+        minor = K_MINOR ? K : rows, majors = K_MINOR ? rows : K;
+        const u32 line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        major = (K_MINOR ? row0 : 0) + line, at = (K_MINOR ? 0 : row0) + chunk * 8;
+        to = place<K_MINOR>(line, chunk) * 16;
+        from = (u64)major * minor + at;
+        keep(to), keep(major), keep(at);
+    }
+
+    // The next tile of p. Where lines are no multiple of 16 bytes, element by element.
+    __device__ __forceinline__ void copy(u32 tile, const u16* p) const {
         if (minor % 8 == 0) {
-            copy16(shared(to), from, there ? 16 : 0);
+#pragma unroll
+            for (u32 i = 0; i < 512 / COUNT; i++) {
+                const bool there = major + i * LINES < majors && at < minor;
+                copy16(tile + to + i * COUNT * 16, p + from + (u64)(i * LINES) * minor, there ? 16 : 0);
+            }
         } else {
 #pragma unroll 1
-            for (u32 j = 0; j < 8; j++) to[j] = there && at + j < minor ? from[j] : 0;
+            for (u32 i = 0; i < 512 / COUNT; i++)
+#pragma unroll 1
+                for (u32 j = 0; j < 8; j++) {
+                    const bool there = major + i * LINES < majors && at + j < minor;
+                    const u16 v = there ? p[from + (u64)(i * LINES) * minor + j] : 0;
+                    asm volatile("st.shared.u16 [%0], %1;" ::"r"(tile + to + i * COUNT * 16 + j * 2), "h"(v) : "memory");
+                }
         }
     }
-}
+
+    __device__ __forceinline__ void advance() {
+        (K_MINOR ? at : major) += KTILE;
+        from += K_MINOR ? KTILE : (u64)KTILE * minor;
+    }
+};
 
 // How a block makes a product by tensor cores: each warp makes 64 × N of the tile, as [4][N / 8] pieces of 16 × 8; each
 // operand is the sum of so many parts; so many tiles of k are in flight.
@@ -183,41 +208,50 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
     extern __shared__ __align__(16) u16 tiles[];  // [STAGES][a's parts, b's parts][512 · 8]
     constexpr u32 PARTS = W::PARTS, STAGES = W::STAGES, PIECES = W::WARP_N / 8;
     const u32 lane = threadIdx.x % 32, wm = W::warp_m(), wn = W::warp_n();
-    const u32 m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, steps = (K + KTILE - 1) / KTILE;
-    auto tile = [&](u32 s, u32 i) { return tiles + (s * 2 * PARTS + i) * 512 * 8; };
-    auto load = [&](u32 s, u32 step) {
+    const u32 m0 = block_tile().x * TILE, n0 = block_tile().y * TILE, steps = (K + KTILE - 1) / KTILE;
+    constexpr u32 TILE_BYTES = TILE * KTILE * 2;
+    auto tile = [&](u32 s, u32 i) { return shared(tiles) + (s * 2 * PARTS + i) * TILE_BYTES; };
+    Source<A_K, W::COUNT> a_source(M, K, m0);
+    Source<B_K, W::COUNT> b_source(N, K, n0);
+    auto load = [&](u32 s) {
 #pragma unroll
         for (u32 p = 0; p < PARTS; p++) {
-            stage<A_K, W::COUNT>(tile(s, p), a[p], M, K, m0, step * KTILE);
-            stage<B_K, W::COUNT>(tile(s, PARTS + p), b[p], N, K, n0, step * KTILE);
+            a_source.copy(tile(s, p), a[p]);
+            b_source.copy(tile(s, PARTS + p), b[p]);
         }
+        a_source.advance();
+        b_source.advance();
     };
 #pragma unroll
     for (u32 s = 0; s < STAGES - 1; s++) {
-        if (s < steps) load(s, s);
+        if (s < steps) load(s);
         commit();
+    }
+    // Where this lane finds its part of the first piece of 16 rows in a tile, for each 16 k.
+    u32 x_at[KTILE / 16], y_at[KTILE / 16];
+#pragma unroll
+    for (u32 k = 0; k < KTILE / 16; k++) {
+        x_at[k] = 16 * (A_K ? place<true>(wm + lane % 16, k * 2 + lane / 16)
+                            : place<false>(k * 16 + lane / 16 * 8 + lane % 8, wm / 8 + lane / 8 % 2));
+        y_at[k] = 16 * (B_K ? place<true>(wn + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2)
+                            : place<false>(k * 16 + lane % 16, wn / 8 + lane / 16));
+        keep(x_at[k]), keep(y_at[k]);
     }
     // Two sets of registers take turns: one is multiplied while the other is loaded.
     u32 x[2][PARTS][4][4], y[2][PARTS][PIECES / 2][4];
     auto fetch = [&](u32 step, u32 k, u32 to) {
 #pragma unroll
         for (u32 p = 0; p < PARTS; p++) {
-            const u16 *at = tile(step % STAGES, p), *bt = tile(step % STAGES, PARTS + p);
+            const u32 at = tile(step % STAGES, p), bt = tile(step % STAGES, PARTS + p);
+            // 16 rows further: 1024 bytes, or two chunks in the same line, whose number `place` permutes by xor.
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const u32 m = wm + i * 16;
-                if (A_K) ldmatrix(x[to][p][i], shared(at + place<true>(m + lane % 16, k * 2 + lane / 16) * 8));
-                else
-                    ldmatrix_t(x[to][p][i], shared(at + place<false>(k * 16 + lane / 16 * 8 + lane % 8,
-                                                                     m / 8 + lane / 8 % 2) * 8));
-            }
+            for (u32 i = 0; i < 4; i++)
+                if (A_K) ldmatrix(x[to][p][i], at + x_at[k] + i * 1024);
+                else ldmatrix_t(x[to][p][i], at + (x_at[k] ^ i * 32));
 #pragma unroll
-            for (u32 j = 0; j < PIECES / 2; j++) {
-                const u32 n = wn + j * 16;
-                if (B_K)
-                    ldmatrix(y[to][p][j], shared(bt + place<true>(n + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 8));
-                else ldmatrix_t(y[to][p][j], shared(bt + place<false>(k * 16 + lane % 16, n / 8 + lane / 16) * 8));
-            }
+            for (u32 j = 0; j < PIECES / 2; j++)
+                if (B_K) ldmatrix(y[to][p][j], bt + y_at[k] + j * 1024);
+                else ldmatrix_t(y[to][p][j], bt + (y_at[k] ^ j * 32));
         }
     };
     auto multiply = [&](typename W::Sum& to, u32 f) {
@@ -238,7 +272,7 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
     if (steps) fetch(0, 0, 0);
     for (u32 step = 0; step < steps; step++) {
         // All are done with the tile before this one.
-        if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES, step + STAGES - 1);
+        if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES);
         commit();
         typename W::Sum part;
         typename W::Sum& to = PARTS == 1 ? sum : part;
@@ -263,9 +297,9 @@ __device__ __forceinline__ void product_mma(u32 M, u32 N, u32 K, const u16* cons
     }
 }
 
-// The sums of a block in shared memory, where the tiles were: since the last barrier nobody reads them or waits for one. Rows
-// are SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that
-// half a warp writes at a time lie in different banks.
+// The sums of a block in shared memory, where the tiles were: since the last barrier nobody reads them or waits for one.
+// Rows are SUM_STRIDE apart: a multiple of 32 banks and 8, so that the four rows that half a warp writes at a time lie in
+// different banks.
 #define SUM_STRIDE (TILE + 8)
 
 template <class W>
@@ -288,11 +322,10 @@ __device__ __forceinline__ const float* put_sums(const typename W::Sum& sum) {
 
 // ---- float32 as two float16 ------------------------------------------------------------------------------------------
 
-// For each row of an operand, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude lies in
-// [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs by
-// some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
-// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. *nonfinite is
-// set if an element is not finite.
+// For each row of an operand, x[row] · 2^shift[row] ≈ high + low, both float16, `shift` such that the largest magnitude
+// lies in [2^14, 2^15). float16 has 11 bits, so high + low has 22 and the product of two such sums, without low · low, errs
+// by some 2^-21 of its factors; two bfloat16 would have 16 bits, which is not enough for the golden cases. Elements below
+// 2^-28 of the row's largest lose bits, which errs by 2^-40 of that. *nonfinite is set if an element is not finite.
 __device__ __forceinline__ int shift_of(u32 largest) { return min(14 - ((int)(largest >> 23) - 127), 126); }
 
 __device__ __forceinline__ void split4(const float* x, const int* shift, u16* high, u16* low) {
@@ -389,7 +422,7 @@ extern "C" __global__ void split_columns(u32 K, u32 cols, u32 ld, const float* _
         product_mma<f16, A_K, B_K, Split>(M, N, K, a, b, sum);                                                         \
         const Finish<f32> finish = {rows, cols, bias, mask, relu, add, c};                                             \
         finish.tile<TILE, SUM_STRIDE, Split::COUNT>(                                                                   \
-            put_sums<Split>(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE, threadIdx.x,                             \
+            put_sums<Split>(sum), TILE, block_tile().x * TILE, block_tile().y * TILE, threadIdx.x,                     \
             [&](u32 m, u32 n, float v) { return unscale(v, a_shift[m], b_shift[n]); });                                \
     }
 SPLIT(product_nt_split, true, true)
@@ -414,8 +447,9 @@ FFMA(product_tn_f32, false, false)
         Whole::Sum sum = {};                                                                                           \
         product_mma<E, A_K, B_K, Whole>(M, N, K, &a, &b, sum);                                                         \
         const Finish<E> finish = {M, N, bias, mask, relu, add, c};                                                     \
-        finish.tile<TILE, SUM_STRIDE, Whole::COUNT>(put_sums<Whole>(sum), TILE, blockIdx.x * TILE, blockIdx.y * TILE,  \
-                                                    threadIdx.x, [](u32, u32, float v) { return v; });                 \
+        finish.tile<TILE, SUM_STRIDE, Whole::COUNT>(put_sums<Whole>(sum), TILE, block_tile().x * TILE,                 \
+                                                    block_tile().y * TILE, threadIdx.x,                                \
+                                                    [](u32, u32, float v) { return v; });                              \
     }
 MMA(product_nt_f16, f16, true, true)
 MMA(product_nn_f16, f16, true, false)

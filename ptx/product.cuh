@@ -3,6 +3,14 @@
 
 __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// Which tile this block makes, of M and N. Blocks run in the order of their numbers, so those that run together lie along the
+// side with fewer tiles, whose operand stays in L2 while the other one is read once.
+__device__ __forceinline__ uint2 block_tile() {
+    const u32 number = blockIdx.y * gridDim.x + blockIdx.x;
+    return gridDim.x <= gridDim.y ? make_uint2(blockIdx.x, blockIdx.y)
+                                  : make_uint2(number / gridDim.y, number % gridDim.y);
+}
+
 // What is done with sums that lie in shared memory: rows of WIDTH, STRIDE apart, of which each becomes value(m, n,
 // sum). A thread takes 16 bytes of the result at a time, and so waits once for all that it reads; a loop over shared
 // memory keeps this code small.

@@ -594,4 +594,20 @@ fn benchmark() {
             println!("| {mean:.0}, {dtype} | {:.3} | {:.3} | {:.3} |", mean / h as f32, times[0], times[1]);
         }
     }
+    println!();
+    println!("| m = n = k of a float32 product | by fused multiply-adds, ms | split, ms |");
+    println!("| --- | --- | --- |");
+    for n in [256, 512, 1024, 2048].into_iter().filter(|&n| n * n <= batch * k) {
+        let times = [Product::Ffma, Product::Split].map(|product| {
+            let be = cuda(Dtype::F32).with_product(product);
+            let (mut x, mut out, mut one) = (Matrix::default(), Matrix::default(), [0.0]);
+            be.fill(n, n, &batches[0][..n * n], &mut x).unwrap();
+            let (w, b) = (&x, upload(&be, 1, n, &vec![0.0; n]));
+            seconds(20, || {
+                be.linear(&x, w, &b, &mut out).unwrap();
+                be.download(&out, 0, &mut one).unwrap();
+            })
+        });
+        println!("| {n} | {:.4} | {:.4} |", times[0] * 1e3, times[1] * 1e3);
+    }
 }

@@ -319,6 +319,25 @@ fn counting(n: usize) -> Activations {
 }
 
 #[test]
+fn a_large_batch_is_made_on_several_threads() {
+    let (rows, width) = (2000, 200);
+    let value = |row: usize, i: usize| (row * width + i) as f32 % 251.0;
+    let values = (0..rows * width).map(|at| value(at / width, at % width)).collect();
+    let tensor = Tensor::new(vec![rows, 2, width / 2], Values::F32(values)).unwrap();
+    let acts = Activations::from_tensor("rows", tensor).unwrap();
+    let rng = Mt19937::new(3).unwrap();
+    let mut buffer = Buffer::new(&acts, HeldOut::default(), Refresh::ReadOn, 1500, 2000, &[2.0, 0.5], rng).unwrap();
+    let mut batch = vec![7.0; 3];
+    assert!(buffer.next(&mut batch, &NEVER).unwrap());
+    assert_eq!(batch.len(), 1500 * width);
+    for (row, &of_set) in batch.chunks_exact(width).zip(buffer.last_rows()) {
+        for (i, v) in row.iter().enumerate() {
+            assert_eq!(*v, value(of_set as usize, i) * if i < width / 2 { 2.0 } else { 0.5 });
+        }
+    }
+}
+
+#[test]
 fn the_buffer_is_the_originals_but_reads_on() {
     let acts = counting(100);
     for (refresh, held_out) in [(Refresh::ReadOn, 0.0), (Refresh::Original, 0.0), (Refresh::ReadOn, 0.25)] {

@@ -17,6 +17,7 @@
 # is measured is printed and written at once, what is worth most first: whoever loses the machine keeps what was done.
 #
 #   RESULTS=F                        writes there instead of ptx/RESULTS.md
+#   ORIGINAL=crosscoder.py           times the original's own class too
 #   CROSSCODER_BENCHMARK=24,2,96,32,6   other sizes (d_in, models, dict, batch, latents on): to try the script out
 #
 # Exit status 1 if a golden case or a test failed.
@@ -71,10 +72,10 @@ say '' '## Benchmark' '' \
     "d_in, models, dict, batch, latents on: $sizes. A step is forward, backward, clipping and Adam, with the batch's way up from" \
     "the host. Each row's product is checked against float64 where it is timed. \`general\`: without Hopper's own products." ''
 part 120 "$scratch/benchmark" "$programs/cuda-tests" --ignored --nocapture --test-threads=1 benchmark || failed "$scratch/benchmark"
-say "$(grep -o 'device: .*' "$scratch/benchmark")" '' "$(grep '^|' "$scratch/benchmark")"
+say "$(grep -o 'device: .*' "$scratch/benchmark")" '' "$(sed -n '/^$/p; /^|/p' "$scratch/benchmark" | cat -s)"
 
 say '' '## PyTorch on the same device' ''
-part 120 "$scratch/torch" "$python" "$root/tests/gpu/torch_step.py" "$sizes" ||
+part 120 "$scratch/torch" "$python" "$root/tests/gpu/torch_step.py" "$sizes" ${ORIGINAL:+"$ORIGINAL"} ||
     echo "PyTorch: not measured: $(tail -n 1 "$scratch/torch.err")" >> "$scratch/torch"
 say "$(cat "$scratch/torch")"
 
@@ -82,17 +83,25 @@ say '' '## Against the targets' ''
 cat "$scratch/torch" "$scratch/benchmark" | awk -F'|' '
     function number(text) { gsub(/[^0-9.]/, "", text); return text + 0 }
     function least(old, new) { return old == 0 || new < old ? new : old }
+    /^\| the original float32, TF32 off/ { torch32 = number($4) }
+    /^\| the original bfloat16/ { torch16 = number($4) }
     /^\| PyTorch float32, TF32 off/ { torch32 = number($4) }
     /^\| PyTorch float32, TF32 on/ { tf32 = number($4) }
     /^\| PyTorch bfloat16/ { cublas = number($3); torch16 = number($4) }
-    /^\| float32 / { ours32 = least(ours32, number($7)) }
+    /^\| float32 / {
+        ours32 = least(ours32, number($7))
+        if ($3 ~ /dense/) dense32 = least(dense32, number($7))
+    }
     /^\| bfloat16 / {
         ours16 = least(ours16, number($7))
+        if ($3 ~ /dense/) dense16 = least(dense16, number($7))
         if ($4 ~ /general/) { if (number($5) > general) general = number($5) } else if (number($5) > own) own = number($5)
     }
     END {
         if (torch32 && ours32) printf "- step in float32: %.2f times as fast as PyTorch (target 5), %.2f times with TF32 on\n", torch32 / ours32, tf32 / ours32
         if (torch16 && ours16) printf "- step in bfloat16: %.2f times as fast as PyTorch (target 2)\n", torch16 / ours16
+        if (torch32 && dense32) printf "- the same with dense latents, as at the start of training: %.2f times\n", torch32 / dense32
+        if (torch16 && dense16) printf "- and in bfloat16: %.2f times\n", torch16 / dense16
         if (cublas && own) printf "- encoder in bfloat16: %.0f %% of the rate of PyTorch (target 70)\n", 100 * own / cublas
         if (cublas && general) printf "- the same without wgmma: %.0f %% (target 55)\n", 100 * general / cublas
     }' > "$scratch/targets"
@@ -109,7 +118,7 @@ for dtype in fp32 bf16; do
         failed "$scratch/bench"
     say "    $(tail -n 1 "$scratch/bench")"
 done
-part 40 "$scratch/train" "$programs/crosscoder" train --device cuda --out "$scratch/run" || failed "$scratch/train"
+cd "$scratch" && part 40 "$scratch/train" "$programs/crosscoder" train --device cuda --out run || failed "$scratch/train"
 say '' '`crosscoder train --device cuda` on the built-in set:' '' '```' "$(cat "$scratch/train" "$scratch/train.err")" '```'
 echo "written: $results; exit status $status"
 exit $status

@@ -1,9 +1,11 @@
 """Times a crosscoder's training step in PyTorch, at the size of tests/cuda.rs's benchmark: the formulas of the original, dense,
-with all its losses, autograd, gradient clipping, torch.optim.Adam, and the numbers that it logs. Prints a table.
+with all its losses, autograd, gradient clipping, torch.optim.Adam, and the numbers that it logs. Prints a table. Given the
+original's crosscoder.py, it times a step of the original's own class too (two models; einops needed).
 
-    python tests/gpu/torch_step.py [D_IN,MODELS,DICT,BATCH,ACTIVE]
+    python tests/gpu/torch_step.py [D_IN,MODELS,DICT,BATCH,ACTIVE [crosscoder.py]]
 """
 
+import pathlib
 import sys
 import time
 
@@ -67,6 +69,31 @@ def case(name, dtype, tf32):
     print(f"| PyTorch {name} | {rate:.1f} | {measure(step) * 1e3:.3f} |", flush=True)
 
 
+def original(name, dtype, tf32):
+    """The step of the original's trainer.py on its own class."""
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    from bench_against_original import import_original
+
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    cfg = {"dict_size": DICT, "d_in": D_IN, "enc_dtype": dtype, "seed": 49, "dec_init_norm": 0.08, "device": "cuda"}
+    crosscoder = import_original(sys.argv[2]).CrossCoder(cfg)
+    x = ((torch.rand(BATCH, MODELS, D_IN, device="cuda") * 2 - 1) * 1.7).to(crosscoder.W_enc.dtype)
+    with torch.no_grad():
+        crosscoder.b_enc.fill_(-crosscoder.encode(x)[0].float().sort(descending=True).values[ACTIVE].item())
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=5e-5, betas=(0.9, 0.999))
+
+    def step():
+        losses = crosscoder.get_losses(x)
+        loss = losses.l2_loss + 0.1 * losses.l1_loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [loss.item()] + [v.mean().item() for v in losses]
+
+    print(f"| the original {name} | - | {measure(step) * 1e3:.3f} |", flush=True)
+
+
 if not torch.cuda.is_available():
     sys.exit("torch sees no GPU")
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
@@ -76,3 +103,7 @@ print("| --- | --- | --- |")
 case("float32, TF32 off (the default)", torch.float32, False)
 case("float32, TF32 on", torch.float32, True)
 case("bfloat16", torch.bfloat16, False)
+if len(sys.argv) > 2 and MODELS == 2:
+    original("float32, TF32 off (the default)", "fp32", False)
+    original("float32, TF32 on", "fp32", True)
+    original("bfloat16", "bf16", False)

@@ -213,7 +213,7 @@ impl Gpu {
             (attribute(DeviceAttribute::ComputeCapabilityMajor)?, attribute(DeviceAttribute::ComputeCapabilityMinor)?);
         let context = Context::new(device).map_err(|e| failed("making a context", e))?;
         let has = |function: &CStr| forward::symbol(function).is_some();
-        let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
+        let mut wanted = Vec::new();
         for source in sources {
             let fits = if source.exact { capability.0 == source.capability.0 } else { capability >= source.capability };
             if source.exact && !(fits && version >= source.cuda && source.functions.iter().all(|f| has(f))) {
@@ -234,8 +234,21 @@ impl Gpu {
                     source.name
                 )));
             }
-            let module = Module::from_ptx(source.ptx, &[])
-                .map_err(|e| failed(&format!("loading the module {}", source.name), e))?;
+            wanted.push((source, None));
+        }
+        // The driver compiles each, seconds long, unless it finds it in its cache.
+        threads::for_each(
+            wanted.len(),
+            wanted.iter_mut(),
+            || (),
+            |_, (source, module)| {
+                let loaded = CurrentContext::set_current(&context).and_then(|()| Module::from_ptx(source.ptx, &[]));
+                *module = Some(loaded.map_err(|e| failed(&format!("loading the module {}", source.name), e)));
+            },
+        );
+        let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
+        for (source, module) in wanted {
+            let module = module.expect("each was taken by a thread")?;
             for (kernel, params_bytes) in parse_entries(source.ptx) {
                 let function = module.get_function(&kernel).map_err(|e| failed(&format!("finding {kernel}"), e))?;
                 kernels.insert(kernel, Kernel { function: function.to_raw(), params_bytes });
@@ -444,8 +457,8 @@ impl Gpu {
     /// Brings `values` up, each `narrow`ed on the way, beside the computation, and then into `to`.
     ///
     /// Two slots take turns: a batch is copied while the device still works on what was launched before, with another
-    /// batch. In training that is the optimiser's step: before it the host waits for the gradients' norms. Host memory is
-    /// free again when this returns.
+    /// batch. Another thread may call this in the middle of a step: the device then waits for the last piece at most. Host
+    /// memory is free again when this returns.
     ///
     /// # Panics
     /// If they do not fit.

@@ -78,16 +78,13 @@ const COLUMN_ROWS: usize = 64;
 const NORM_ELEMENTS: usize = 4096;
 const NORM_BLOCKS: usize = 1024;
 
-/// Latents are held as a support where at most this share of them is not zero. An estimate from the operations and
-/// bytes of both ways on an H100, not yet a measurement: a sparse product reads a row of the weight per active latent,
-/// some 4 TB/s over L2; a dense one takes two operations per element, some 50 T/s in float32 and 300 T/s in half
-/// precision.
-const SPARSE_SHARE: f64 = 0.05;
-const SPARSE_SHARE_HALF: f64 = 0.02;
+/// Latents are held as a support where at most this share of them is not zero: where a training step took as long either way
+/// on an H100 (ptx/RESULTS.md), in float32 and in half precision, with Hopper's products and without.
+const SPARSE_SHARE: [f64; 2] = [0.023, 0.05];
+const SPARSE_SHARE_HALF: [f64; 2] = [0.0105, 0.025];
 
-/// Products of fewer multiplications than this are made by fused multiply-adds: splitting would take longer. An
-/// estimate.
-const SPLIT_FROM: usize = 1 << 28;
+/// Products of fewer multiplications than this are made by fused multiply-adds: as fast there on an H100, and simpler.
+const SPLIT_FROM: usize = 1 << 24;
 
 /// How float32 products of a whole matrix are made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -401,7 +398,8 @@ impl Cuda {
         let mut total = [0u32];
         self.gpu.read(&starts, rows, &mut total)?;
         let entries = total[0] as usize;
-        let share = if self.dtype == Dtype::F32 { SPARSE_SHARE } else { SPARSE_SHARE_HALF };
+        let shares = if self.dtype == Dtype::F32 { SPARSE_SHARE } else { SPARSE_SHARE_HALF };
+        let share = if self.hopper { shares[0] } else { shares[1] };
         let too_many = self.path == Path::Auto && entries as f64 > share * (rows * cols) as f64;
         if too_many || u32::try_from(rows * cols).is_err() {
             return Ok(None); // Entries are counted in 32 bits.
