@@ -148,7 +148,7 @@ impl Staged {
 }
 
 /// Places two files that belong together, the small one first. Whoever reads them meanwhile, or after a kill, finds the old pair,
-/// the new one, or no second file: where the small one changes, the old second one is moved out of the way before. If the
+/// the new one, or no second file: where the small one changes, the old second one is renamed to `NAME.old` before. If the
 /// second cannot be placed, what was there is put back.
 ///
 /// # Errors
@@ -180,18 +180,29 @@ pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
     }
     let synced = sync_folder(&second.path);
     if let Some(old) = old {
-        // It is hidden, and a leftover like any other if it stays.
+        // The new pair is there, so that it does no harm if it stays.
         let _ = std::fs::remove_file(old);
     }
     synced
 }
 
-/// Gives a file, if it is there, a temporary name.
+/// Renames a file, if it is there, to `NAME.old`, or `NAME.old-2` …: a name that is seen, and that nobody cleans up, should this
+/// process be killed before what follows.
 fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
     if !path.symlink_metadata().is_ok_and(|there| !there.is_dir()) {
         return Ok(None);
     }
-    let aside = temporary_for(path)?;
+    let named = |end: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(end);
+        PathBuf::from(name)
+    };
+    let mut aside = named(".old");
+    let mut n = 1u32;
+    while aside.symlink_metadata().is_ok() {
+        n = n.saturating_add(1);
+        aside = named(&format!(".old-{n}"));
+    }
     std::fs::rename(path, &aside).map_err(|e| Error::io("cannot move it out of the way", e).in_file(path))?;
     Ok(Some(aside))
 }

@@ -18,7 +18,7 @@ undisturbed run. Or it fails, with status 1 and a message: then
   there) or the new one; no temporary file stays.
 
 With `--errors KILL` the call is where the process is killed (SIGKILL): then temporary files may stay, and of a pair that convert
-replaces the weights may be gone from their place, but never stand beside the other pair's cfg.
+replaces the old weights may have the name NAME.old, but weights never stand beside the other pair's cfg.
 
 At the end the order of durability, from strace's log of all calls: data are synced before they are renamed into their place, folders after a
 rename or a new folder in them, before the next rename; the cfg is in its place before the weights, both before `resume.pt`.
@@ -187,10 +187,11 @@ class Verb:
         for group in self.groups:
             state = [found.get(name) for name in group]
             whole = [[files.get(name) for name in group] for files in (self.old, self.new)]
-            if state not in whole and not (killed and len(group) == 2 and state[0] is None and state[1] in [None, whole[0][1], whole[1][1]]):
+            aside = killed and len(group) == 2 and state[0] is None and found.get(f"{group[0]}.old") == whole[0][0]
+            if state not in whole and not (aside and state[1] in [None, whole[0][1], whole[1][1]]):
                 wrong.append(f"{' and '.join(group)}: neither the old nor the new")
         # For the next start to remove, or to go on with.
-        may_stay = (*[".crosscoder-tmp"] * killed, *[".incomplete"] * self.again)
+        may_stay = (*[".crosscoder-tmp", ".old"] * killed, *[".incomplete"] * self.again)
         strangers = {name for name in found.keys() - self.new.keys() - self.old.keys() if not name.endswith(may_stay)}
         wrong += [f"left {name}" for name in sorted(strangers)]
         if self.again:
@@ -315,7 +316,7 @@ def order(args, verb, log):
         saves = last[1:] if verb.name == "train" else last
         common.check(len(saves) % 3 == 0 and saves == ["N_cfg.json", "N.pt", "resume.pt"] * (len(saves) // 3), f"{verb.name}: cfg, weights, resume.pt", saves)
     if verb.name == "convert":
-        common.check(last == [".out.pt.N-N.crosscoder-tmp", "out_cfg.json", "out.pt"], "convert: old weights away, cfg, weights", last)
+        common.check(last == ["out.pt.old", "out_cfg.json", "out.pt"], "convert: old weights away, cfg, weights", last)
     print(f"{verb.name}: {renames} renames in order", flush=True)
 
 
