@@ -1,4 +1,5 @@
-//! The CPU: one dense product, `encode`; everything after it by loops over the support, or dense where that is faster.
+//! The CPU: one dense product, `encode`; everything after it by loops over the support, or where many latents are on, dense but
+//! for the zeros (`masked`).
 //!
 //! `Cpu<f32>` computes in float32 and rounds to the dtype; `Cpu<f64>` is the same source in float64 and rounds nowhere.
 //! The inner loops are in `kernels`, the tiling of dense products in `product`, the encoder in `encode`.
@@ -6,6 +7,7 @@
 mod buffers;
 mod encode;
 mod kernels;
+mod masked;
 mod matrix;
 mod product;
 mod sketch;
@@ -424,7 +426,11 @@ impl<T: Scalar> Backend for Cpu<T> {
         let (cols, bias) = (w.cols, b.rows(0..1, &mut scratch));
         let out = out.overwrite(acts.rows, cols);
         if !(acts.sparse && w.is_finite()) {
-            self.decode_dense(acts, w, out);
+            if self.masks(acts) && w.is_finite() {
+                self.decode_masked(acts, w, out);
+            } else {
+                self.decode_dense(acts, w, out);
+            }
             for_rows(self.threads_for(out.len()), out, cols, 1, |_, out| {
                 for row in out.chunks_exact_mut(cols) {
                     kernels::finish(self.level(), row, bias, false, self.dtype);
@@ -524,10 +530,15 @@ impl<T: Scalar> Backend for Cpu<T> {
                     kernels::write(self.level(), out, product, true, self.dtype);
                 });
             }
-            Write::Set => self.weight_grad_dense(latents, y, false, out.overwrite(rows, cols)),
-            Write::Add => {
-                assert_eq!(out.shape(), (rows, cols));
-                self.weight_grad_dense(latents, y, true, out.full_mut(self.level()));
+            _ => {
+                let add = write == Write::Add;
+                assert!(!add || out.shape() == (rows, cols));
+                let out = if add { out.full_mut(self.level()) } else { out.overwrite(rows, cols) };
+                if self.masks(latents) && y.is_finite() {
+                    self.weight_grad_masked(latents, y, add, out);
+                } else {
+                    self.weight_grad_dense(latents, y, add, out);
+                }
             }
         }
         Ok(())
