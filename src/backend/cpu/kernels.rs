@@ -434,6 +434,37 @@ fn squared_distance_grad_body<T: Scalar, const FMA: bool, R: Rounding>(a: &[T], 
 }
 
 at_each_level! {
+    /// A row of [`crate::backend::Backend::weighted_sums_grad`]: `d_acts = r(g · t)` where `acts` let it through, `d_t += r(g · acts)`.
+    fn weighted_grad<T>(acts: &[T], t: &[T], g: T, d_acts: &mut [T], d_t: &mut [T], dtype: Dtype) = weighted_grad_any
+}
+
+#[inline(always)]
+fn weighted_grad_any<T: Scalar, const FMA: bool>(
+    acts: &[T],
+    t: &[T],
+    g: T,
+    d_acts: &mut [T],
+    d_t: &mut [T],
+    dtype: Dtype,
+) {
+    with_rounding!(dtype, T, weighted_grad_body::<FMA>(acts, t, g, d_acts, d_t));
+}
+
+#[inline(always)]
+fn weighted_grad_body<T: Scalar, const FMA: bool, R: Rounding>(
+    acts: &[T],
+    t: &[T],
+    g: T,
+    d_acts: &mut [T],
+    d_t: &mut [T],
+) {
+    for (((&a, &t), d_a), d_t) in acts.iter().zip(t).zip(d_acts).zip(d_t) {
+        *d_a = if a <= T::zero() { T::zero() } else { R::r(g * t) };
+        *d_t += R::r(g * a);
+    }
+}
+
+at_each_level! {
     /// `out = r(r(r(w / norm) · g) …)` written as [`write()`] does; 0 where the norm is 0.
     fn unit_times<T>(w: &[T], norm: T, g: T, out: &mut [T], add: bool, dtype: Dtype) = unit_times_any
 }
