@@ -15,15 +15,16 @@
 //! A term that is left out is `0 · y`. That is 0, and adding 0 changes no sum (a sum of nothing but -0 apart, whose sign
 //! no formula here can see), **provided `y` is finite**: `0 · inf` and `0 · nan` are nan. So the terms that are left out
 //! are the same in exact arithmetic and in floating point, and only the order of the remaining sums may differ from a dense
-//! product. Where an operand is not finite, backends take the dense product, and nan spreads as it does in the original.
+//! product. That holds for any number of zeros: where half of the latents are on, half of the terms can be left out. Where an
+//! operand is not finite, backends take the dense product, and nan spreads as it does in the original.
 
 /// Which way latents are held after `encode`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Path {
-    /// The faster of the two, by the rule of the backend.
+    /// The fastest, by the rule of the backend.
     #[default]
     Auto,
-    /// Always dense products.
+    /// Always dense products of all terms.
     Dense,
     /// Always the support, where the operands are finite.
     Sparse,

@@ -52,9 +52,15 @@ static ALLOCATOR: Counting = Counting;
 fn a_step_allocates_next_to_nothing_after_the_first() {
     let (d_in, dict_size, batch) = (128, 2048, 256);
     let x: Vec<f32> = (0..batch * 2 * d_in).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
-    for (dtype, path) in
-        [(Dtype::F32, Path::Sparse), (Dtype::F32, Path::Dense), (Dtype::BF16, Path::Sparse), (Dtype::BF16, Path::Dense)]
-    {
+    // Half of the latents are on.
+    for (dtype, path) in [
+        (Dtype::F32, Path::Sparse),
+        (Dtype::F32, Path::Dense),
+        (Dtype::F32, Path::Auto),
+        (Dtype::BF16, Path::Sparse),
+        (Dtype::BF16, Path::Dense),
+        (Dtype::BF16, Path::Auto),
+    ] {
         let mut cfg = Config::default();
         cfg.set("d_in", d_in);
         cfg.set("dict_size", dict_size);

@@ -46,7 +46,10 @@ impl Level {
             let mut found = vec![Level(Set::Portable)];
             #[cfg(target_arch = "x86_64")]
             {
-                let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+                let avx2 = is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("bmi1")
+                    && is_x86_feature_detected!("popcnt");
                 let avx512 = avx2
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -136,11 +139,11 @@ macro_rules! at_each_level {
         pub(super) fn $name<$T: Scalar>(level: Level, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,bmi1,popcnt")]
                 fn avx2<$T: Scalar>($($arg: $ty),*) $(-> $ret)? {
                     $body::<$T, true>($($arg),*)
                 }
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi1,popcnt")]
                 fn avx512<$T: Scalar>($($arg: $ty),*) $(-> $ret)? {
                     $body::<$T, true>($($arg),*)
                 }
@@ -431,6 +434,37 @@ fn squared_distance_grad_body<T: Scalar, const FMA: bool, R: Rounding>(a: &[T], 
 }
 
 at_each_level! {
+    /// A row of [`crate::backend::Backend::weighted_sums_grad`]: `d_acts = r(g · t)` where `acts` let it through, `d_t += r(g · acts)`.
+    fn weighted_grad<T>(acts: &[T], t: &[T], g: T, d_acts: &mut [T], d_t: &mut [T], dtype: Dtype) = weighted_grad_any
+}
+
+#[inline(always)]
+fn weighted_grad_any<T: Scalar, const FMA: bool>(
+    acts: &[T],
+    t: &[T],
+    g: T,
+    d_acts: &mut [T],
+    d_t: &mut [T],
+    dtype: Dtype,
+) {
+    with_rounding!(dtype, T, weighted_grad_body::<FMA>(acts, t, g, d_acts, d_t));
+}
+
+#[inline(always)]
+fn weighted_grad_body<T: Scalar, const FMA: bool, R: Rounding>(
+    acts: &[T],
+    t: &[T],
+    g: T,
+    d_acts: &mut [T],
+    d_t: &mut [T],
+) {
+    for (((&a, &t), d_a), d_t) in acts.iter().zip(t).zip(d_acts).zip(d_t) {
+        *d_a = if a <= T::zero() { T::zero() } else { R::r(g * t) };
+        *d_t += R::r(g * a);
+    }
+}
+
+at_each_level! {
     /// `out = r(r(r(w / norm) · g) …)` written as [`write()`] does; 0 where the norm is 0.
     fn unit_times<T>(w: &[T], norm: T, g: T, out: &mut [T], add: bool, dtype: Dtype) = unit_times_any
 }
@@ -551,6 +585,70 @@ fn scatter_row_body<T: Scalar, const FMA: bool>(out: &mut [T], row: &[T], rows: 
             (Ok(out), Ok(row)) => (0..PIECE).for_each(|j| out[j] = fma::<T, FMA>(v, row[j], out[j])),
             _ => out.iter_mut().zip(row).for_each(|(o, &r)| *o = fma::<T, FMA>(v, r, *o)),
         }
+    }
+}
+
+/// Terms of a block of [`super::masked`]: a mask has a bit for each.
+pub(super) const MASKED_TERMS: usize = 64;
+
+/// Columns of a panel that a masked side is multiplied with: they are added up in twelve registers of AVX2 or six of AVX-512,
+/// and 64 terms of them are 24 KiB.
+pub(super) const MASKED_COLUMNS: usize = 96;
+
+at_each_level! {
+    /// A block of at most 64 terms, element (row, term) at `row · row_stride + term · term_stride` of `v`: for each row the mask
+    /// of those that are not zero (nan is not), and their values in order, 64 places a row.
+    fn mask<T>(v: &[T], row_stride: usize, term_stride: usize, terms: usize, masks: &mut [u64], values: &mut [T]) = mask_body
+}
+
+#[inline(always)]
+fn mask_body<T: Scalar, const FMA: bool>(
+    v: &[T],
+    row_stride: usize,
+    term_stride: usize,
+    terms: usize,
+    masks: &mut [u64],
+    values: &mut [T],
+) {
+    let values = values.as_chunks_mut::<MASKED_TERMS>().0;
+    assert!(terms <= MASKED_TERMS);
+    masks.fill(0);
+    // A zero is stored, too, and overwritten by what follows.
+    let put = |mask: &mut u64, values: &mut [T; MASKED_TERMS], v: T, term: usize| {
+        values[mask.count_ones() as usize % MASKED_TERMS] = v;
+        *mask |= u64::from(v != T::zero()) << term;
+    };
+    if term_stride == 1 {
+        for (i, (mask, values)) in masks.iter_mut().zip(values).enumerate() {
+            let row = &v[i * row_stride..][..terms];
+            row.iter().enumerate().for_each(|(t, &v)| put(mask, values, v, t));
+        }
+    } else {
+        assert_eq!(row_stride, 1, "the rows of a term are neighbours");
+        for t in 0..terms {
+            let rows = v[t * term_stride..].iter().zip(masks.iter_mut().zip(values.iter_mut()));
+            rows.for_each(|(&v, (mask, values))| put(mask, values, v, t));
+        }
+    }
+}
+
+at_each_level! {
+    /// `tile[i] += Σ_t v[i,t] · panel[t]` over the terms t that the mask of row i names, `values` being their v in order; one after
+    /// the other from zero.
+    fn add_masked<T>(masks: &[u64], values: &[T], panel: &[T], tile: &mut [T]) = add_masked_body
+}
+
+#[inline(always)]
+fn add_masked_body<T: Scalar, const FMA: bool>(masks: &[u64], values: &[T], panel: &[T], tile: &mut [T]) {
+    let (values, panel) = (values.as_chunks::<MASKED_TERMS>().0, panel.as_chunks::<MASKED_COLUMNS>().0);
+    for ((&mask, values), out) in masks.iter().zip(values).zip(tile.as_chunks_mut::<MASKED_COLUMNS>().0) {
+        let (mut acc, mut left) = ([T::zero(); MASKED_COLUMNS], mask);
+        for &v in &values[..mask.count_ones() as usize] {
+            let row = &panel[left.trailing_zeros() as usize];
+            left &= left.wrapping_sub(1);
+            (0..MASKED_COLUMNS).for_each(|j| acc[j] = fma::<T, FMA>(v, row[j], acc[j]));
+        }
+        out.iter_mut().zip(&acc).for_each(|(o, &a)| *o += a);
     }
 }
 

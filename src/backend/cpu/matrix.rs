@@ -478,13 +478,10 @@ impl<T: Scalar> Latents<T> {
         self.columns[range.clone()].iter().zip(&self.values[range]).map(|(&h, &v)| (h as usize, v))
     }
 
-    /// Calls `f(h, value)` for each value of row `b` in ascending `h`: the entries, or all where it is dense.
-    pub(super) fn for_row(&self, b: usize, mut f: impl FnMut(usize, T)) {
-        if self.sparse {
-            self.entries(b).for_each(|(h, v)| f(h, v));
-        } else {
-            self.values[b * self.cols..(b + 1) * self.cols].iter().enumerate().for_each(|(h, &v)| f(h, v));
-        }
+    /// The values of row `b`: the entries', or all where it is dense.
+    pub(super) fn row(&self, b: usize) -> &[T] {
+        let range = if self.sparse { self.starts[b]..self.starts[b + 1] } else { b * self.cols..(b + 1) * self.cols };
+        &self.values[range]
     }
 
     /// Whether every value that is held is finite.

@@ -1,4 +1,5 @@
-//! The CPU: one dense product, `encode`; everything after it by loops over the support, or dense where that is faster.
+//! The CPU: one dense product, `encode`; everything after it by loops over the support, or where many latents are on, dense but
+//! for the zeros (`masked`).
 //!
 //! `Cpu<f32>` computes in float32 and rounds to the dtype; `Cpu<f64>` is the same source in float64 and rounds nowhere.
 //! The inner loops are in `kernels`, the tiling of dense products in `product`, the encoder in `encode`.
@@ -6,6 +7,7 @@
 mod buffers;
 mod encode;
 mod kernels;
+mod masked;
 mod matrix;
 mod product;
 mod sketch;
@@ -23,7 +25,7 @@ use ndarray::{ArrayViewMut2, Axis};
 use product::{Resident, Workshop};
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 /// Latents are held as a support where at most this share of them is not zero.
 const SPARSE_SHARE: f64 = 0.1;
@@ -36,6 +38,9 @@ const ADAM_ELEMENTS: usize = 4096;
 
 /// Rows of a matrix that a thread takes at a time.
 const ROWS: usize = 16;
+
+/// Columns of a matrix that a thread takes at a time: 2 KiB of a row.
+const COLUMNS: usize = 512;
 
 /// Up to this many rows of latents, decoding goes row by row.
 const FEW_ROWS: usize = 8;
@@ -184,7 +189,7 @@ impl<T: Scalar> Cpu<T> {
         }
         let mut dense = vec![T::zero(); latents.rows * latents.cols];
         for b in 0..latents.rows {
-            latents.for_row(b, |h, v| dense[b * latents.cols + h] = v);
+            latents.entries(b).for_each(|(h, v)| dense[b * latents.cols + h] = v);
         }
         dense.into()
     }
@@ -201,9 +206,18 @@ impl<T: Scalar> Cpu<T> {
 
     /// Whether the support alone may stand for dense latents; see [`crate::sparse`].
     fn hold_sparse(&self, rows: usize, cols: usize, dense: &[T]) -> bool {
-        let limit = self.sparse_limit(rows, cols);
-        let active = |dense: &[T]| dense.iter().map(|&v| u32::from(v != T::zero())).sum::<u32>() as usize;
-        self.path != Path::Dense && dense.chunks(1 << 16).map(active).sum::<usize>() <= limit
+        self.path != Path::Dense && self.count_active(dense) <= self.sparse_limit(rows, cols)
+    }
+
+    /// How many are not zero.
+    fn count_active(&self, dense: &[T]) -> usize {
+        let active = AtomicUsize::new(0);
+        let count = |_: &mut (), dense: &[T]| {
+            let here = dense.iter().map(|&v| u32::from(v != T::zero())).sum::<u32>();
+            active.fetch_add(here as usize, Relaxed);
+        };
+        for_each(self.threads_for(dense.len()), dense.chunks(1 << 16), || (), count);
+        active.into_inner()
     }
 
     /// `latentsᵀ · y` where the support may stand for the latents, unrounded: calls `finish(out, i, product, scratch)` for row i
@@ -277,12 +291,30 @@ impl<T: Scalar> Cpu<T> {
         }
     }
 
-    /// `out[k] = Σ_b m[b,k]`
-    fn add_rows(&self, m: &Matrix<T>, out: &mut [T]) {
-        out.fill(T::zero());
-        for row in m.full().chunks_exact(m.cols.max(1)) {
-            kernels::add_scaled(self.level(), out, T::one(), row);
-        }
+    /// `out[k] = Σ_b m[b,k]`, m having rows as long as `out`.
+    fn add_rows(&self, m: &[T], out: &mut [T]) {
+        let cols = out.len();
+        let blocks = pieces(0..cols, COLUMNS).zip(out.chunks_mut(COLUMNS));
+        for_each(
+            self.threads_for(m.len()),
+            blocks,
+            || (),
+            |_, (range, out)| {
+                out.fill(T::zero());
+                for row in m.chunks_exact(cols) {
+                    kernels::add_scaled(self.level(), out, T::one(), &row[range.clone()]);
+                }
+            },
+        );
+    }
+
+    /// `f(b)` for each row b of latents.
+    fn for_latents(&self, latents: &Latents<T>, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let mut out = vec![T::zero(); latents.rows];
+        for_rows(self.threads_for(latents.values.len()), &mut out, 1, 1, |first, out| {
+            out.iter_mut().enumerate().for_each(|(i, o)| *o = f(first + i));
+        });
+        out
     }
 
     /// The sum over rows of the rows' sums of squares, each kept apart so that the order of terms does not depend on threads.
@@ -423,7 +455,11 @@ impl<T: Scalar> Backend for Cpu<T> {
         let (cols, bias) = (w.cols, b.rows(0..1, &mut scratch));
         let out = out.overwrite(acts.rows, cols);
         if !(acts.sparse && w.is_finite()) {
-            self.decode_dense(acts, w, out);
+            if self.masks(acts) && w.is_finite() {
+                self.decode_masked(acts, w, out);
+            } else {
+                self.decode_dense(acts, w, out);
+            }
             for_rows(self.threads_for(out.len()), out, cols, 1, |_, out| {
                 for row in out.chunks_exact_mut(cols) {
                     kernels::finish(self.level(), row, bias, false, self.dtype);
@@ -523,10 +559,15 @@ impl<T: Scalar> Backend for Cpu<T> {
                     kernels::write(self.level(), out, product, true, self.dtype);
                 });
             }
-            Write::Set => self.weight_grad_dense(latents, y, false, out.overwrite(rows, cols)),
-            Write::Add => {
-                assert_eq!(out.shape(), (rows, cols));
-                self.weight_grad_dense(latents, y, true, out.full_mut(self.level()));
+            _ => {
+                let add = write == Write::Add;
+                assert!(!add || out.shape() == (rows, cols));
+                let out = if add { out.full_mut(self.level()) } else { out.overwrite(rows, cols) };
+                if self.masks(latents) && y.is_finite() {
+                    self.weight_grad_masked(latents, y, add, out);
+                } else {
+                    self.weight_grad_dense(latents, y, add, out);
+                }
             }
         }
         Ok(())
@@ -564,9 +605,13 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn latents_column_sums(&self, latents: &Latents<T>, out: &mut Matrix<T>) -> Result<()> {
         let out = out.overwrite(1, latents.cols);
-        out.fill(T::zero());
-        for b in 0..latents.rows {
-            latents.for_row(b, |h, v| out[h] += v);
+        if latents.sparse {
+            out.fill(T::zero());
+            for b in 0..latents.rows {
+                latents.entries(b).for_each(|(h, v)| out[h] += v);
+            }
+        } else {
+            self.add_rows(&latents.values, out);
         }
         out.iter_mut().for_each(|v| *v = self.r(*v));
         Ok(())
@@ -577,16 +622,12 @@ impl<T: Scalar> Backend for Cpu<T> {
         // A zero latent times a weight that is not finite is nan: then every latent counts.
         let dense = (acts.sparse && !t.is_finite()).then(|| self.dense(acts));
         let dense = dense.as_deref().or((!acts.sparse).then_some(&acts.values));
-        Ok((0..acts.rows)
-            .map(|b| {
-                self.r(match dense {
-                    None => sum(acts.entries(b).map(|(h, a)| self.r(a * weights[h]))),
-                    Some(dense) => {
-                        sum(dense[b * acts.cols..].iter().zip(weights).map(|(&a, &weight)| self.r(a * weight)))
-                    }
-                })
+        Ok(self.for_latents(acts, |b| {
+            self.r(match dense {
+                None => sum(acts.entries(b).map(|(h, a)| self.r(a * weights[h]))),
+                Some(dense) => sum(dense[b * acts.cols..].iter().zip(weights).map(|(&a, &weight)| self.r(a * weight))),
             })
-            .collect())
+        }))
     }
 
     fn weighted_sums_grad(
@@ -601,32 +642,41 @@ impl<T: Scalar> Backend for Cpu<T> {
         let d_t = d_t.overwrite(1, acts.cols);
         d_t.fill(T::zero());
         let d_values = d_acts.like(acts);
-        let mut i = 0;
-        for b in 0..acts.rows {
-            acts.for_row(b, |h, a| {
+        if acts.sparse {
+            let entries = acts.columns.iter().zip(&acts.values);
+            for (d, (&h, &a)) in d_values.iter_mut().zip(entries) {
                 // Outside of the support relu stops the gradient.
-                d_values[i] = if a <= T::zero() { T::zero() } else { self.r(g * t[h]) };
-                d_t[h] += self.r(g * a);
-                i += 1;
-            });
+                *d = if a <= T::zero() { T::zero() } else { self.r(g * t[h as usize]) };
+                d_t[h as usize] += self.r(g * a);
+            }
+        } else {
+            let mut d_values = view_mut(d_values, acts.rows, acts.cols);
+            let blocks = pieces(0..acts.cols, COLUMNS).zip(d_values.axis_chunks_iter_mut(Axis(1), COLUMNS));
+            let blocks = blocks.zip(d_t.chunks_mut(COLUMNS));
+            for_each(
+                self.threads_for(acts.values.len()),
+                blocks,
+                || (),
+                |_, ((range, mut d_acts), d_t)| {
+                    for (b, mut d_acts) in d_acts.rows_mut().into_iter().enumerate() {
+                        let d_acts = d_acts.as_slice_mut().expect("a part of a row is contiguous");
+                        let acts = &acts.values[b * acts.cols..][range.clone()];
+                        kernels::weighted_grad(self.level(), acts, &t[range.clone()], g, d_acts, d_t, self.dtype);
+                    }
+                },
+            );
         }
         d_t.iter_mut().for_each(|v| *v = self.r(*v));
         Ok(())
     }
 
     fn active_counts(&self, acts: &Latents<T>) -> Result<Vec<T>> {
-        Ok((0..acts.rows)
-            .map(|b| {
-                let mut count = 0usize;
-                acts.for_row(b, |_, a| count += usize::from(a > T::zero()));
-                T::narrow(count as f64)
-            })
-            .collect())
+        Ok(self.for_latents(acts, |b| T::narrow(acts.row(b).iter().filter(|a| **a > T::zero()).count() as f64)))
     }
 
     fn column_sums(&self, m: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
         let out = out.overwrite(1, m.cols);
-        self.add_rows(m, out);
+        self.add_rows(m.full(), out);
         kernels::round(self.level(), out, self.dtype);
         Ok(())
     }
@@ -634,7 +684,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn column_means(&self, m: &Matrix<T>, out: &mut Matrix<T>) -> Result<()> {
         let n = T::narrow(m.rows as f64);
         let out = out.overwrite(1, m.cols);
-        self.add_rows(m, out);
+        self.add_rows(m.full(), out);
         out.iter_mut().for_each(|v| *v = self.r(*v / n));
         Ok(())
     }

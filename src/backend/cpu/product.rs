@@ -22,6 +22,7 @@ pub(super) struct Workshop<T> {
     pub(super) level: Level,
     pub(super) full: Buffers<T>,
     pub(super) pairs: Buffers<u32>,
+    pub(super) masks: Buffers<u64>,
     /// For rows that are unpacked.
     pub(super) scratch: Scratch<T>,
 }
@@ -32,6 +33,7 @@ impl<T> Default for Workshop<T> {
             level: Level::best(),
             full: Buffers::default(),
             pairs: Buffers::default(),
+            masks: Buffers::default(),
             scratch: Scratch::default(),
         }
     }
