@@ -15,8 +15,8 @@ use crate::sparse::Path;
 use crate::threads::{for_each, pieces};
 use ndarray::Axis;
 
-/// Latents are multiplied through masks where at most this share of them is not zero: with AVX2 half of them take 0.52 times as
-/// long as all in a dense product, so that at 0.9 both would take as long.
+/// Latents are multiplied through masks where at most this share of them is not zero. With AVX2, two cores, `crosscoder bench --case
+/// 768,8192,1024,L0 --op decode` took 0.307 s, dense 0.439 s, where half of them were; 0.412 s and 0.429 s at a share of 0.73.
 const MASKED_SHARE: f64 = 0.75;
 
 /// Rows of a product that are formed at a time: 96 columns of 1024 are 384 KiB, and the weight is read once for them.
