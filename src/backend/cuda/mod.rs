@@ -78,10 +78,11 @@ const COLUMN_ROWS: usize = 64;
 const NORM_ELEMENTS: usize = 4096;
 const NORM_BLOCKS: usize = 1024;
 
-/// Latents are held as a support where at most this share of them is not zero: where a training step took as long either way
-/// on an H100 (ptx/RESULTS.md), in float32 and in half precision, with Hopper's products and without.
-const SPARSE_SHARE: [f64; 2] = [0.023, 0.05];
-const SPARSE_SHARE_HALF: [f64; 2] = [0.0105, 0.025];
+/// Latents are held as a support where at most this share of them is not zero, in float32 and in half precision: where a
+/// training step took as long either way on an H100 (ptx/RESULTS.md). The first is with Hopper's products. The second, without
+/// them, is computed from their steps at a share of 0.005, and from 6.3 and 3.2 ms more for each hundredth, as with them.
+const SPARSE_SHARE: [f64; 2] = [0.023, 0.04];
+const SPARSE_SHARE_HALF: [f64; 2] = [0.0105, 0.019];
 
 /// Products of fewer multiplications than this are made by fused multiply-adds: as fast there on an H100, and simpler.
 const SPLIT_FROM: usize = 1 << 24;
