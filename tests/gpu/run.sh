@@ -118,7 +118,7 @@ for dtype in fp32 bf16; do
         failed "$scratch/bench"
     say "    $(tail -n 1 "$scratch/bench")"
 done
-cd "$scratch" && part 40 "$scratch/train" "$programs/crosscoder" train --device cuda --out run || failed "$scratch/train"
+(cd "$scratch" && part 40 "$scratch/train" "$programs/crosscoder" train --device cuda --out run) || failed "$scratch/train"
 say '' '`crosscoder train --device cuda` on the built-in set:' '' '```' "$(cat "$scratch/train" "$scratch/train.err")" '```'
 echo "written: $results; exit status $status"
 exit $status
