@@ -70,3 +70,19 @@ pub(crate) fn for_each<I: Send, S>(
 pub(crate) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> + Send + Clone {
     range.clone().step_by(step.max(1)).map(move |start| start..(start + step.max(1)).min(range.end))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sides_are_run_once_and_may_borrow() {
+        let (mut ours, mut theirs) = (0, 0);
+        let add = |n: &mut i32| {
+            *n += 1;
+            *n
+        };
+        assert_eq!(beside(|| add(&mut ours), || add(&mut theirs)), (1, 1));
+        assert_eq!((ours, theirs), (1, 1));
+    }
+}
