@@ -547,29 +547,53 @@ fn adam_body<T: Scalar, const FMA: bool, R: Rounding>(
     }
 }
 
-/// The columns that [`gather_rows`] and [`scatter_row`] work on at a time: eight vectors of AVX-512.
-const PIECE: usize = 128;
+/// `out = Σ_e values[e] · y[rows[e]]`, y having rows of `out.len()` elements; terms in the order of e.
+pub(super) fn gather_rows<T: Scalar>(level: Level, out: &mut [T], y: &[T], rows: &[u32], values: &[T]) {
+    // Columns are added up in registers: eight of AVX-512, twelve of AVX2.
+    match level.0 {
+        Set::Avx512 | Set::Avx512Bf16 => gather_128(level, out, y, rows, values),
+        Set::Avx2 | Set::Portable => gather_96(level, out, y, rows, values),
+    }
+}
 
-at_each_level! {
-    /// `out = Σ_e values[e] · y[rows[e]]`, y having rows of `out.len()` elements; terms in the order of e.
-    fn gather_rows<T>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) = gather_rows_body
+at_each_level! { fn gather_128<T>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) = gather_body_128 }
+at_each_level! { fn gather_96<T>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) = gather_body_96 }
+
+#[inline(always)]
+fn gather_body_128<T: Scalar, const FMA: bool>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) {
+    gather_body::<T, FMA, 128>(out, y, rows, values);
 }
 
 #[inline(always)]
-fn gather_rows_body<T: Scalar, const FMA: bool>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) {
+fn gather_body_96<T: Scalar, const FMA: bool>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) {
+    gather_body::<T, FMA, 96>(out, y, rows, values);
+}
+
+#[inline(always)]
+fn gather_body<T: Scalar, const FMA: bool, const N: usize>(out: &mut [T], y: &[T], rows: &[u32], values: &[T]) {
     let width = out.len();
-    for (i, out) in out.chunks_mut(PIECE).enumerate() {
-        let mut acc = [T::zero(); PIECE];
-        for (&b, &v) in rows.iter().zip(values) {
-            let y = &y[b as usize * width + i * PIECE..][..out.len()];
-            match <&[T; PIECE]>::try_from(y) {
-                Ok(y) => (0..PIECE).for_each(|j| acc[j] = fma::<T, FMA>(v, y[j], acc[j])),
-                Err(_) => acc.iter_mut().zip(y).for_each(|(a, &y)| *a = fma::<T, FMA>(v, y, *a)),
-            }
+    let terms = rows.iter().zip(values).map(|(&b, &v)| (b as usize * width, v));
+    let mut acc = [T::zero(); N];
+    if width < N {
+        for (at, v) in terms {
+            acc.iter_mut().zip(&y[at..at + width]).for_each(|(a, &y)| *a = fma::<T, FMA>(v, y, *a));
         }
-        out.copy_from_slice(&acc[..out.len()]);
+        out.copy_from_slice(&acc[..width]);
+        return;
+    }
+    // The last columns end with the row, and may be computed twice.
+    for from in (0..width).step_by(N).map(|from| from.min(width - N)) {
+        let mut acc = [T::zero(); N];
+        for (at, v) in terms.clone() {
+            let y = y[at + from..].first_chunk::<N>().expect("columns of a row");
+            (0..N).for_each(|j| acc[j] = fma::<T, FMA>(v, y[j], acc[j]));
+        }
+        out[from..from + N].copy_from_slice(&acc);
     }
 }
+
+/// Columns that [`scatter_row`] is fastest at.
+const PIECE: usize = 128;
 
 at_each_level! {
     /// `out[rows[e]] += values[at[e]] · row`, out having rows of `row.len()` elements.
@@ -625,9 +649,12 @@ fn mask_body<T: Scalar, const FMA: bool>(
         }
     } else {
         assert_eq!(row_stride, 1, "the rows of a term are neighbours");
-        for t in 0..terms {
-            let rows = v[t * term_stride..].iter().zip(masks.iter_mut().zip(values.iter_mut()));
-            rows.for_each(|(&v, (mask, values))| put(mask, values, v, t));
+        // 32 rows of values are 8 KiB, which stay in the first-level cache.
+        for ((i, masks), values) in (0..).step_by(32).zip(masks.chunks_mut(32)).zip(values.chunks_mut(32)) {
+            for t in 0..terms {
+                let rows = v[t * term_stride + i..].iter().zip(masks.iter_mut().zip(values.iter_mut()));
+                rows.for_each(|(&v, (mask, values))| put(mask, values, v, t));
+            }
         }
     }
 }
@@ -763,15 +790,7 @@ impl<T: Scalar> Source<'_, T> {
     /// Asks for these elements to be brought into the cache; nothing where the processor is not known to be helped by it.
     pub(super) fn prefetch(&self, range: std::ops::Range<usize>) {
         fn lines<E>(v: &[E], range: std::ops::Range<usize>) {
-            #[cfg(target_arch = "x86_64")]
-            if let Some(v) = v.get(range) {
-                for at in v.iter().step_by(64 / size_of::<E>()) {
-                    // SAFETY: a prefetch changes nothing, and SSE is part of x86-64.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *at).cast()) }
-                }
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            let _ = (v, range);
+            v.get(range).into_iter().for_each(|v| v.iter().step_by(64 / size_of::<E>()).for_each(|at| prefetch(at)));
         }
         match self {
             Source::Full(v) => lines(v, range),
@@ -779,6 +798,18 @@ impl<T: Scalar> Source<'_, T> {
             Source::BF16(v) => lines(v, range),
         }
     }
+}
+
+/// Asks for the cache line at `at`, which may lie anywhere; nothing where the processor is not known to be helped by it.
+#[inline(always)]
+fn prefetch<E>(at: *const E) {
+    // SAFETY: a prefetch of any address is no access, and SSE is part of x86-64.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Elements of `out` that [`pack`] fills.
@@ -821,6 +852,17 @@ pub(super) fn pack<T: Scalar>(
             if done.is_some() {
                 continue;
             }
+        }
+        #[cfg(target_arch = "x86_64")]
+        if level.0 == Set::Avx2
+            && (side.term_stride, width % 8) == (1, 0)
+            && let Source::Full(v) = &side.source
+            && let (Some(v), Some(panel)) = (same::<T, f32>(v), same_mut::<T, f32>(panel))
+        {
+            let from = here.start * side.row_stride + terms.start;
+            // SAFETY: the level has AVX2.
+            unsafe { avx2::pack(&v[from..], side.row_stride, here.len(), terms.len(), width, panel) };
+            continue;
         }
         let _ = level;
         if side.row_stride == 1 {
@@ -900,6 +942,24 @@ fn tile_body<T: Scalar, const FMA: bool, const MR: usize, const NR: usize>(
     cols: usize,
     stride: usize,
 ) {
+    // Whole tiles apart: there the sums stay in registers.
+    if rows == MR && cols == NR {
+        (0..MR).for_each(|i| prefetch(&c[i * stride]));
+        let acc = tile_sums::<T, FMA, MR, NR>(left, right);
+        for (i, acc) in acc.iter().enumerate() {
+            let c = c[i * stride..].first_chunk_mut::<NR>().expect("a row of the tile");
+            (0..NR).for_each(|j| c[j] += acc[j]);
+        }
+        return;
+    }
+    let acc = tile_sums::<T, FMA, MR, NR>(left, right);
+    for (i, acc) in acc.iter().enumerate().take(rows) {
+        c[i * stride..i * stride + cols].iter_mut().zip(acc).for_each(|(c, &a)| *c += a);
+    }
+}
+
+#[inline(always)]
+fn tile_sums<T: Scalar, const FMA: bool, const MR: usize, const NR: usize>(left: &[T], right: &[T]) -> [[T; NR]; MR] {
     let mut acc = [[T::zero(); NR]; MR];
     for (a, b) in left.as_chunks::<MR>().0.iter().zip(right.as_chunks::<NR>().0) {
         for i in 0..MR {
@@ -908,9 +968,7 @@ fn tile_body<T: Scalar, const FMA: bool, const MR: usize, const NR: usize>(
             }
         }
     }
-    for (i, acc) in acc.iter().enumerate().take(rows) {
-        c[i * stride..i * stride + cols].iter_mut().zip(acc).for_each(|(c, &a)| *c += a);
-    }
+    acc
 }
 
 /// A row laid out for [`segment_dots`]: 16 segments side by side, term by term; group after group of 16 segments. Terms
@@ -1157,15 +1215,66 @@ fn candidates_body<T: Scalar, const FMA: bool>(
 }
 
 #[cfg(target_arch = "x86_64")]
-mod avx512 {
+mod avx2 {
     use super::*;
 
-    /// Asks for the cache line at `at`, which may lie anywhere.
-    #[inline(always)]
-    fn prefetch<E>(at: *const E) {
-        // SAFETY: a prefetch of any address is no access.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    /// A panel of `width` rows, a multiple of 8, term by term; row i begins at `v[i · stride]`.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn pack(v: &[f32], stride: usize, rows: usize, terms: usize, width: usize, panel: &mut [f32]) {
+        let whole = terms - terms % 8;
+        for i in (0..width).step_by(8) {
+            let row = |u: usize| if i + u < rows { &v[(i + u) * stride..][..terms] } else { &[] };
+            let eight: [&[f32]; 8] = std::array::from_fn(row);
+            for t in (0..whole).step_by(8) {
+                let mut block = [_mm256_setzero_ps(); 8];
+                for (block, row) in block.iter_mut().zip(eight) {
+                    if let Some(v) = row.get(t..t + 8) {
+                        // SAFETY: eight elements.
+                        *block = unsafe { _mm256_loadu_ps(v.as_ptr()) };
+                    }
+                }
+                for (u, block) in transpose(block).into_iter().enumerate() {
+                    let out = &mut panel[(t + u) * width + i..][..8];
+                    // SAFETY: as above.
+                    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), block) };
+                }
+            }
+            for t in whole..terms {
+                for (u, row) in eight.iter().enumerate() {
+                    panel[t * width + i + u] = row.get(t).copied().unwrap_or(0.0);
+                }
+            }
+        }
     }
+
+    /// Transposes 8 rows of 8 numbers.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn transpose(r: [__m256; 8]) -> [__m256; 8] {
+        // By pairs of rows, by fours, by eights.
+        let (mut t, mut u, mut out) = (r, r, r);
+        for i in 0..4 {
+            t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..2 {
+            for c in 0..2 {
+                let (a, b) = (_mm256_castps_pd(t[4 * i + c]), _mm256_castps_pd(t[4 * i + 2 + c]));
+                u[4 * i + 2 * c] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                u[4 * i + 2 * c + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+            }
+        }
+        for c in 0..4 {
+            out[c] = _mm256_permute2f128_ps::<0x20>(u[c], u[4 + c]);
+            out[4 + c] = _mm256_permute2f128_ps::<0x31>(u[c], u[4 + c]);
+        }
+        out
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::*;
 
     /// # Safety
     /// `left` is whole panels of 14, `right` of 32, equally many terms; `(rows - 1) · stride + cols <= c.len()`.

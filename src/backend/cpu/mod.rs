@@ -497,7 +497,8 @@ impl<T: Scalar> Backend for Cpu<T> {
             self.product_nt(d, w, &mut out.values, |b, h, product, out| {
                 kernels::write(level, out, product, add, self.dtype);
                 let acts = &acts.values[b * cols..][h];
-                out.iter_mut().zip(acts).filter(|(_, a)| **a <= T::zero()).for_each(|(o, _)| *o = T::zero());
+                // Written in any case, which compilers make vectors of.
+                out.iter_mut().zip(acts).for_each(|(o, &a)| *o = if a <= T::zero() { T::zero() } else { *o });
             });
             return Ok(());
         }
