@@ -982,8 +982,17 @@ pub(super) fn interleave<T: Scalar>(level: Level, row: &[T], out: &mut [T]) {
         // SAFETY: the level has AVX-512; the length of `out` was asserted.
         return unsafe { avx512::interleave(row, len, out) };
     }
-    let _ = level;
     for (g, group) in out.chunks_exact_mut(LANES * len).enumerate() {
+        #[cfg(target_arch = "x86_64")]
+        if level.0 == Set::Avx2
+            && let Some(segments) = row.get(g * LANES * len..(g + 1) * LANES * len)
+            && let (Some(segments), Some(group)) = (same::<T, f32>(segments), same_mut::<T, f32>(group))
+        {
+            // SAFETY: the level has AVX2.
+            unsafe { avx2::pack(segments, len, LANES, len, LANES, group) };
+            continue;
+        }
+        let _ = level;
         for s in 0..LANES {
             for j in 0..len {
                 group[j * LANES + s] = row.get((g * LANES + s) * len + j).copied().unwrap_or(T::zero());
@@ -1003,6 +1012,7 @@ pub(super) fn segment_dots<T: Scalar>(level: Level, len: usize, row: &[T], other
     for (others, out) in others.chunks(4).zip(out.chunks_mut(4)) {
         match (others, out) {
             (&[a, b, c, d], out) => out.copy_from_slice(&dots4(level, len, row, [a, b, c, d])),
+            (&[a, b], out) => out.copy_from_slice(&dots2(level, len, row, [a, b])),
             (others, out) => {
                 for (&a, out) in others.iter().zip(out) {
                     *out = dots1(level, len, row, [a])[0];
@@ -1013,39 +1023,97 @@ pub(super) fn segment_dots<T: Scalar>(level: Level, len: usize, row: &[T], other
 }
 
 at_each_level! { fn dots4<T>(len: usize, row: &[T], others: [&[T]; 4]) -> [T; 4] = dots_body_4 }
+at_each_level! { fn dots2<T>(len: usize, row: &[T], others: [&[T]; 2]) -> [T; 2] = dots_body_2 }
 at_each_level! { fn dots1<T>(len: usize, row: &[T], others: [&[T]; 1]) -> [T; 1] = dots_body_1 }
+
+/// Elements of 16 segments.
+type Lanes<T> = [T; LANES];
 
 #[inline(always)]
 fn dots_body_4<T: Scalar, const FMA: bool>(len: usize, row: &[T], others: [&[T]; 4]) -> [T; 4] {
-    dots_body::<T, FMA, 4>(len, row, others)
+    dots_body(
+        len,
+        row,
+        others,
+        #[inline(always)]
+        |row, [a, b, c, d]| {
+            let mut acc = [[T::zero(); LANES]; 4];
+            for ((((row, a), b), c), d) in row.iter().zip(a).zip(b).zip(c).zip(d) {
+                add_lanes::<T, FMA>(&mut acc[0], row, a);
+                add_lanes::<T, FMA>(&mut acc[1], row, b);
+                add_lanes::<T, FMA>(&mut acc[2], row, c);
+                add_lanes::<T, FMA>(&mut acc[3], row, d);
+            }
+            acc
+        },
+    )
+}
+
+#[inline(always)]
+fn dots_body_2<T: Scalar, const FMA: bool>(len: usize, row: &[T], others: [&[T]; 2]) -> [T; 2] {
+    dots_body(
+        len,
+        row,
+        others,
+        #[inline(always)]
+        |row, [a, b]| {
+            let mut acc = [[T::zero(); LANES]; 2];
+            for ((row, a), b) in row.iter().zip(a).zip(b) {
+                add_lanes::<T, FMA>(&mut acc[0], row, a);
+                add_lanes::<T, FMA>(&mut acc[1], row, b);
+            }
+            acc
+        },
+    )
 }
 
 #[inline(always)]
 fn dots_body_1<T: Scalar, const FMA: bool>(len: usize, row: &[T], others: [&[T]; 1]) -> [T; 1] {
-    dots_body::<T, FMA, 1>(len, row, others)
+    dots_body(
+        len,
+        row,
+        others,
+        #[inline(always)]
+        |row, [a]| {
+            let mut acc = [[T::zero(); LANES]];
+            for (row, a) in row.iter().zip(a) {
+                add_lanes::<T, FMA>(&mut acc[0], row, a);
+            }
+            acc
+        },
+    )
 }
 
 #[inline(always)]
-fn dots_body<T: Scalar, const FMA: bool, const N: usize>(len: usize, row: &[T], others: [&[T]; N]) -> [T; N] {
+fn add_lanes<T: Scalar, const FMA: bool>(acc: &mut Lanes<T>, row: &Lanes<T>, other: &Lanes<T>) {
+    for s in 0..LANES {
+        acc[s] = fma::<T, FMA>(other[s], row[s], acc[s]);
+    }
+}
+
+/// `segments` adds up 16 of them side by side.
+#[inline(always)]
+fn dots_body<'a, T: Scalar, const N: usize>(
+    len: usize,
+    row: &'a [T],
+    others: [&'a [T]; N],
+    segments: impl Fn(&[Lanes<T>], [&[Lanes<T>]; N]) -> [Lanes<T>; N],
+) -> [T; N] {
     let mut out = [T::zero(); N];
-    let row = row.as_chunks::<LANES>().0;
-    let others = others.map(|o| &o.as_chunks::<LANES>().0[..row.len()]);
+    let (row, others) = (row.as_chunks().0, others.map(|o| o.as_chunks().0));
     for from in (0..row.len()).step_by(len.max(1)) {
-        let mut acc = [[T::zero(); LANES]; N];
-        for j in from..from + len {
-            for n in 0..N {
-                for s in 0..LANES {
-                    acc[n][s] = fma::<T, FMA>(others[n][j][s], row[j][s], acc[n][s]);
-                }
-            }
-        }
-        for n in 0..N {
-            for s in 0..LANES {
-                out[n] += acc[n][s];
-            }
-        }
+        let acc = segments(&row[from..from + len], others.map(|o| &o[from..from + len]));
+        // Apart, or compilers give up vectors above for the sake of these few sums.
+        add_segments(&acc, &mut out);
     }
     out
+}
+
+#[inline(never)]
+fn add_segments<T: Scalar>(acc: &[Lanes<T>], out: &mut [T]) {
+    for (out, acc) in out.iter_mut().zip(acc) {
+        acc.iter().for_each(|&a| *out += a);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,14 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
-/// Latents are held as a support where at most this share of them is not zero.
-const SPARSE_SHARE: f64 = 0.1;
+/// Latents are held as a support where at most this share of them is not zero; the other way they are multiplied through masks
+/// ([`masked`]). Measured with AVX2, two cores, `crosscoder bench --case …,L0 --op step`, this way and the other: at 768, 8192, 1024
+/// 0.68 s and 0.78 s where 4 % are on, 0.91 s and 0.86 s where 8 % are; at 2304, 16384, 1024 3.2 s and 3.3 s at 2 %, 5.3 s and 4.4 s
+/// at 4 %.
+const SPARSE_SHARE: f64 = 0.04;
+
+/// The same where the other way is products of pairs of bfloat16.
+const SPARSE_SHARE_PAIRS: f64 = 0.1;
 
 /// Operations on fewer elements than this run on one thread: starting one costs some 20 µs.
 const PARALLEL_ELEMENTS: usize = 1 << 16;
@@ -199,7 +205,10 @@ impl<T: Scalar> Cpu<T> {
         let limit = match self.path {
             Path::Dense => return 0,
             Path::Sparse => rows.saturating_mul(cols),
-            Path::Auto => (SPARSE_SHARE * rows as f64 * cols as f64) as usize,
+            Path::Auto => {
+                let share = if self.in_pairs() { SPARSE_SHARE_PAIRS } else { SPARSE_SHARE };
+                (share * rows as f64 * cols as f64) as usize
+            }
         };
         limit.min(u32::MAX as usize)
     }
@@ -493,6 +502,10 @@ impl<T: Scalar> Backend for Cpu<T> {
             out.like(acts);
         }
         let (level, add, cols) = (self.level(), write == Write::Add, acts.cols);
+        if self.masks_grad(acts) {
+            self.latents_grad_masked(d, w, acts, add, &mut out.values);
+            return Ok(());
+        }
         if !acts.sparse {
             self.product_nt(d, w, &mut out.values, |b, h, product, out| {
                 kernels::write(level, out, product, add, self.dtype);
