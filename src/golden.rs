@@ -21,8 +21,13 @@
 //!
 //! For explained variances `S` is at least 1; they err most where a row lies close to the batch mean, hence their larger `c`.
 //!
-//! Elements that are not finite: where `KEY` and `exact.KEY` both are not, ours is the same as `exact.KEY`; where one of the
-//! two is, the element is not compared; where both are finite, ours is finite.
+//! Elements that are not finite: where `KEY` and `exact.KEY` both are not, ours is the same as one of them, the judge's as
+//! `exact.KEY`; where one of the two is, the element is not compared; where both are finite, ours is finite.
+//!
+//! A case can be no test of training: where rounding decides the sign of one pre-activation, a step goes one way or the other, and
+//! whoever adds up in another order, be it PyTorch with the rows permuted, ends up further away than any honest tolerance. Many
+//! steps, a large `lr` and a large dictionary make that likely. It shows in `train.*` and in gradients of checkpoints that were
+//! trained before; nothing else misses then.
 
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Scalar};
@@ -332,9 +337,12 @@ fn outcome(key: &str, ours: &Ours, torch: &Tensor, exact: &Tensor, judge: bool, 
     let (mut max, mut rms) = ([0f64; 3], [0f64; 3]);
     let mut count = 0usize;
     for (i, ((&ours, &torch), &exact)) in ours.values.iter().zip(&torch).zip(&exact).enumerate() {
-        let same = ours == exact || (ours.is_nan() && exact.is_nan());
+        let is = |other: f64| ours == other || (ours.is_nan() && other.is_nan());
+        let same = is(exact) || (!judge && is(torch));
         match (torch.is_finite(), exact.is_finite()) {
-            (false, false) if !same => return failed(format!("element {i} is {ours}, exact {exact}")),
+            (false, false) if !same => {
+                return failed(format!("element {i} is {ours}, exact {exact}, the original's {torch}"));
+            }
             (false, false) => continue,
             (true, false) => continue,
             // The original overflowed: its error says nothing, but the judge knows no overflow.

@@ -25,7 +25,8 @@ without rounding (tolerance 1e-12 of the largest value), `bits` for keys compare
   --device D   cpu, cuda or cuda:N: the GPU, if there is one [cpu]; `f64` is always computed on the CPU
   --path PATH  how latents are held: by the faster way [auto], always dense, always sparse
 
-Exit status 1 if any key misses.
+Exit status 1 if any key misses. A case of many training steps can be unstable: there PyTorch with its rows permuted
+misses train.* as well (the documentation of crosscoder::golden says why); take fewer steps, or another --seed.
 ";
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
