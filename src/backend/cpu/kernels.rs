@@ -621,7 +621,7 @@ pub(super) const MASKED_COLUMNS: usize = 96;
 
 at_each_level! {
     /// A block of at most 64 terms, element (row, term) at `row · row_stride + term · term_stride` of `v`: for each row the mask
-    /// of those that are not zero (nan is not), and their values in order, 64 places a row.
+    /// of those that are not zero (nan is not), and for as many rows as there is room, 64 places each, their values in order.
     fn mask<T>(v: &[T], row_stride: usize, term_stride: usize, terms: usize, masks: &mut [u64], values: &mut [T]) = mask_body
 }
 
@@ -634,26 +634,30 @@ fn mask_body<T: Scalar, const FMA: bool>(
     masks: &mut [u64],
     values: &mut [T],
 ) {
-    let values = values.as_chunks_mut::<MASKED_TERMS>().0;
     assert!(terms <= MASKED_TERMS);
+    let mut values = values.as_chunks_mut::<MASKED_TERMS>().0.iter_mut();
     masks.fill(0);
-    // A zero is stored, too, and overwritten by what follows.
-    let put = |mask: &mut u64, values: &mut [T; MASKED_TERMS], v: T, term: usize| {
-        values[mask.count_ones() as usize % MASKED_TERMS] = v;
-        *mask |= u64::from(v != T::zero()) << term;
-    };
-    if term_stride == 1 {
-        for (i, (mask, values)) in masks.iter_mut().zip(values).enumerate() {
-            let row = &v[i * row_stride..][..terms];
-            row.iter().enumerate().for_each(|(t, &v)| put(mask, values, v, t));
-        }
-    } else {
-        assert_eq!(row_stride, 1, "the rows of a term are neighbours");
-        // 32 rows of values are 8 KiB, which stay in the first-level cache.
-        for ((i, masks), values) in (0..).step_by(32).zip(masks.chunks_mut(32)).zip(values.chunks_mut(32)) {
+    // 32 rows of 64 terms stay in the first-level cache.
+    for (first, masks) in (0..).step_by(32).zip(masks.chunks_mut(32)) {
+        if term_stride == 1 {
+            for (mask, i) in masks.iter_mut().zip(first..) {
+                for (t, &v) in v[i * row_stride..][..terms].iter().enumerate() {
+                    *mask |= u64::from(v != T::zero()) << t;
+                }
+            }
+        } else {
+            assert_eq!(row_stride, 1, "the rows of a term are neighbours");
             for t in 0..terms {
-                let rows = v[t * term_stride + i..].iter().zip(masks.iter_mut().zip(values.iter_mut()));
-                rows.for_each(|(&v, (mask, values))| put(mask, values, v, t));
+                for (mask, &v) in masks.iter_mut().zip(&v[t * term_stride + first..]) {
+                    *mask |= u64::from(v != T::zero()) << t;
+                }
+            }
+        }
+        for ((&mask, i), values) in masks.iter().zip(first..).zip(&mut values) {
+            let mut left = mask;
+            for value in &mut values[..mask.count_ones() as usize] {
+                *value = v[i * row_stride + left.trailing_zeros() as usize * term_stride];
+                left &= left.wrapping_sub(1);
             }
         }
     }

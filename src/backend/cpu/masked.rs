@@ -121,21 +121,18 @@ impl<T: Scalar> Cpu<T> {
         });
         let tile_rows = (SUPPORT_BYTES / (len * size_of::<T>()).max(1)).clamp(16, MASKED_TERMS);
         let block = self.shop.block_rows(threads, cols);
-        let state = || {
-            let (masks, values) = (self.shop.masks.take(block), self.shop.full.take(block * MASKED_TERMS));
-            (self.shop.full.take(block * len), masks, values, self.shop.scratch.take())
-        };
+        let state = || (self.shop.full.take(block * len), self.shop.masks.take(block), self.shop.scratch.take());
         let mut out = view_mut(out, rows, cols);
         let blocks = pieces(0..cols, block).zip(out.axis_chunks_iter_mut(Axis(1), block));
-        for_each(threads, blocks, state, |(ws, masks, values, scratch), (range, mut out)| {
+        for_each(threads, blocks, state, |(ws, masks, scratch), (range, mut out)| {
             let n = range.len();
             for (h, w_row) in range.clone().zip(ws.chunks_exact_mut(len)) {
                 kernels::interleave(self.level(), w.rows(h..h + 1, scratch), w_row);
             }
             for tile in pieces(0..rows, tile_rows) {
                 let acts = &acts.values[tile.start * cols + range.start..];
-                let (masks, values) = (&mut masks[..n], &mut values[..n * MASKED_TERMS]);
-                kernels::mask(self.level(), acts, 1, cols, tile.len(), masks, values);
+                let masks = &mut masks[..n];
+                kernels::mask(self.level(), acts, 1, cols, tile.len(), masks, &mut []);
                 for (b, acts) in tile.clone().zip(acts.chunks(cols)) {
                     let mut out = out.row_mut(b);
                     out.iter_mut()
