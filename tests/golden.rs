@@ -105,11 +105,9 @@ fn elements_that_are_not_finite_follow_the_rule() {
     set(&mut both, "decode", 3, f64::NAN);
     set(&mut both, "exact.decode", 3, f64::INFINITY);
     assert_eq!(misses(&both), ["fp32 decode", "f64 decode"]);
-    let nan_in = |t: &Tensor| {
-        let values = t.to_f64_vec().into_iter().enumerate().map(|(i, v)| if i == 3 { f32::NAN } else { v as f32 });
-        Tensor::new(t.shape().to_vec(), Values::F32(values.collect())).unwrap()
-    };
-    both.weights.b_dec = nan_in(&both.weights.b_dec);
+    let b_dec = both.weights.b_dec.to_f64_vec().into_iter().enumerate();
+    let b_dec = b_dec.map(|(i, v)| if i == 3 { f32::NAN } else { v as f32 }).collect();
+    both.weights.b_dec = Tensor::new(both.weights.b_dec.shape().to_vec(), Values::F32(b_dec)).unwrap();
     let width = both.weights.b_dec.shape().iter().product();
     for at in (3..both.golden["decode"].to_f64_vec().len()).step_by(width) {
         set(&mut both, "decode", at, f64::NAN);
