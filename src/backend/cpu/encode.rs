@@ -44,8 +44,8 @@ const BATCH_ROWS: usize = 1024;
 const SCREENED_TERMS: usize = 256;
 const SCREENED_ROWS: usize = 64;
 
-/// A block of which more than this share could be positive is multiplied as a whole. Measured (4608 terms): single products
-/// take some eight times as long as products in tiles.
+/// A block of which more than this share could be positive is multiplied as a whole. Measured (4608 terms, AVX-512) when single
+/// products were no vectors yet and took some eight times as long as products in tiles: now a larger one may pay.
 const SCREENED_SHARE: f64 = 0.06;
 
 /// The same for few rows, where both take as long as reading the weights does.
