@@ -32,7 +32,7 @@ pub use write::{Save, TensorSource, Writer, write_state_dict};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::{Positions, Tensor, Values, is_dense, row_major_strides};
-use container::Container;
+use container::{Container, spelled};
 use crc32fast::Hasher as Crc32;
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -97,12 +97,14 @@ impl<R: Read + Seek> PtFile<R> {
         let record = container.record(pickle)?;
         let (name, size) = (record.name.clone(), record.size);
         let folder = name.strip_suffix("data.pkl").unwrap_or_default().to_string();
-        if container.find(&format!("{folder}constants.pkl")).is_some() {
+        // Not read, and yet PyTorch would read it whatever its case.
+        container.find(&format!("{folder}version"))?;
+        if container.find(&format!("{folder}constants.pkl"))?.is_some() {
             return Err(Error::unsupported(
                 "a TorchScript archive (it has constants.pkl); save the module's state_dict() with torch.save",
             ));
         }
-        if let Some(index) = container.find(&format!("{folder}byteorder")) {
+        if let Some(index) = container.find(&format!("{folder}byteorder"))? {
             let order = container.read_all(index, 64)?;
             if order != b"little" {
                 let order = String::from_utf8_lossy(&order).into_owned();
@@ -118,7 +120,7 @@ impl<R: Read + Seek> PtFile<R> {
         let find = |key: &str| {
             let name = format!("{folder}data/{key}");
             let missing = || Error::format(format!("storage {key:?} is missing: there is no record {name:?}"));
-            let index = container.find(&name).filter(|_| !key.ends_with('/')).ok_or_else(missing)?;
+            let index = container.find(&name)?.filter(|_| !key.ends_with('/')).ok_or_else(missing)?;
             Ok((index, container.record(index)?.size))
         };
         let (nodes, root) = pickle::parse(&bytes, &find).map_err(|e| e.at(&name))?;
@@ -309,12 +311,16 @@ pub(crate) fn is_row_major(shape: &[usize], strides: &[usize]) -> bool {
 
 /// The one record that is named `data.pkl`, in whatever folder.
 fn find_pickle<R>(container: &Container<R>) -> Result<usize> {
-    let names = || container.records.iter().map(|r| r.name.as_str());
-    let mut pickles = names().enumerate().filter(|(_, name)| *name == "data.pkl" || name.ends_with("/data.pkl"));
+    const NAME: &str = "data.pkl";
+    let names = || container.records.iter().map(|r| (r.name.as_str(), r.name.rsplit('/').next().unwrap_or_default()));
+    let mut pickles = names().enumerate().filter(|(_, (_, last))| last.eq_ignore_ascii_case(NAME));
     match (pickles.next(), pickles.next()) {
+        (Some((_, (name, last))), None) if last != NAME => Err(spelled(NAME, name)),
         (Some((index, _)), None) => Ok(index),
-        (Some((_, first)), Some((_, second))) => Err(Error::format(format!("two pickles: {first:?} and {second:?}"))),
-        (None, _) if names().any(|n| n.ends_with(".npy")) => {
+        (Some((_, (first, _))), Some((_, (second, _)))) => {
+            Err(Error::format(format!("two pickles: {first:?} and {second:?}")))
+        }
+        (None, _) if names().any(|(name, _)| name.ends_with(".npy")) => {
             Err(Error::unsupported("not a .pt file of torch.save but numpy's .npz: a zip archive of .npy files"))
         }
         (None, _) => Err(Error::unsupported("a zip archive without a record data.pkl: not a .pt file of torch.save")),
