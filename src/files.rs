@@ -219,13 +219,17 @@ impl TensorFile {
         })
     }
 
-    /// Refuses to go on where a file has made its reader work far beyond its size: whoever reads all tensors of a file and keeps
-    /// them asks this before each, since a small `.pt` file can give one storage a million names.
+    /// [`Self::read`] for whoever reads all tensors of a file and keeps them. Refuses where a file makes its reader work far
+    /// beyond its size, since a small `.pt` file can give one storage a million names, and expand each.
     ///
     /// # Errors
-    /// More than four times the bytes of all records of a `.pt` file, and 256 MiB, were read so far.
-    pub fn check_work(&self) -> Result<()> {
-        self.as_pt().map_or(Ok(()), PtFile::check_work).map_err(|e| e.in_file(&self.path))
+    /// Those of [`Self::read`]; with this tensor, more than four times the bytes of all records of a `.pt` file, and 256 MiB.
+    pub fn read_of_all(&mut self, index: usize) -> Result<Tensor> {
+        self.with(index, |inner| match inner {
+            Inner::Pt { file, refs, .. } => Some(file.check_work(refs.get(index)?)),
+            _ => Some(Ok(())),
+        })?;
+        self.read(index)
     }
 
     /// The CRC-32 of its elements' little-endian bytes in row-major order.
@@ -239,7 +243,7 @@ impl TensorFile {
                 if let Some(&crc) = checksums.get(tensor) {
                     return Some(Ok(crc));
                 }
-                let crc = file.check_work().and_then(|()| file.crc32(tensor));
+                let crc = file.check_work(tensor).and_then(|()| file.crc32(tensor));
                 if let Ok(crc) = crc {
                     checksums.insert(tensor.clone(), crc);
                 }

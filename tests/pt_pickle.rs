@@ -936,7 +936,7 @@ fn work_far_beyond_the_file_is_refused() {
     let data = record("a/data/0", &vec![0; BYTES]);
     assert_eq!(checksums(data.clone()).unwrap().len(), 80);
     let refused = checksums(data.deflated()).unwrap_err();
-    assert!(refused.to_string().contains("bytes were read for the tensors so far"), "{refused}");
+    assert!(refused.to_string().contains("and all records together have"), "{refused}");
     std::fs::remove_file(path).unwrap();
 }
 
@@ -963,7 +963,7 @@ fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
     };
     // What is missing is only looked for after all of these have been read.
     assert!(read(20).contains("W_dec is there as []"), "{}", read(20));
-    assert!(read(1000).contains("bytes were read for the tensors so far"), "{}", read(1000));
+    assert!(read(1000).contains("and all records together have"), "{}", read(1000));
     // Nor by `convert`, which keeps tensors of any name.
     #[cfg(feature = "cli")]
     {
@@ -974,13 +974,52 @@ fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
             (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
         };
         let (code, said) = convert();
-        assert!(code == Some(1) && said.contains("bytes were read for the tensors so far"), "{code:?} {said}");
+        assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
         assert!(!out.exists());
         std::fs::write(&path, file(20)).unwrap();
         assert_eq!(convert(), (Some(0), String::new()));
         std::fs::remove_file(out).unwrap();
     }
     std::fs::remove_file(path).unwrap();
+}
+
+/// Each view is within the limit of one; all of them are not.
+#[test]
+fn views_are_not_expanded_far_beyond_the_file() {
+    let view = rebuild(&storage("FloatStorage", "0", 4), 0, &[16 << 20], &[0]);
+    let file = |views: usize| {
+        let views: Vec<Vec<u8>> = (0..views).map(|i| cat(&[&s(&format!("{i}")), &view])).collect();
+        pt(&root(&cat(&[b"}(", &views.concat(), b"u"])))
+    };
+    let folder = std::env::temp_dir().join(format!("crosscoder-views-{}", std::process::id()));
+    let path = folder.join("version_0/resume.pt");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(&path, file(12)).unwrap();
+    let mut open = TensorFile::open(&path).unwrap();
+    let refused = (0..12).find_map(|i| open.read_of_all(i).err().map(|e| (i, e.to_string())));
+    let (at, said) = refused.unwrap();
+    assert!(
+        at == 4 && said.contains("resume.pt: 4: ") && said.contains("and all records together have"),
+        "{at} {said}"
+    );
+    assert!(open.read(11).is_ok(), "whoever reads one tensor gets it");
+    let said = crosscoder::run::Run::resume(&folder).unwrap_err().to_string();
+    assert!(said.contains("and all records together have"), "{said}");
+    #[cfg(feature = "cli")]
+    {
+        let out = folder.join("out.safetensors");
+        let convert = || {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+            let output = command.arg("convert").args([&path, &out]).output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let (code, said) = convert();
+        assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
+        assert!(!out.exists());
+        std::fs::write(&path, file(2)).unwrap();
+        assert_eq!(convert(), (Some(0), String::new()));
+    }
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]

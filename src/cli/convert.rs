@@ -108,8 +108,7 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         if !names.insert(name.clone()) {
             return Err(Error::unsupported(format!("two tensors have the name {name:?}")).in_file(from));
         }
-        file.check_work()?;
-        let tensor = file.read(index)?;
+        let tensor = file.read_of_all(index)?;
         let is_float = matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
         let tensor = match dtype {
             Some(dtype) if is_float => checkpoint::cast_tensor(tensor, dtype)?,

@@ -180,6 +180,7 @@ impl<R: Read + Seek> PtFile<R> {
             return Tensor::with_strides(tensor.shape.clone(), tensor.strides.clone(), values);
         }
         let block = self.read_block(tensor, tensor.offset, tensor.span(), tensor.dtype)?;
+        self.container.work = self.container.work.saturating_add(tensor.bytes());
         let values = block.gather(Positions::new(&tensor.shape, &tensor.strides));
         Tensor::new(tensor.shape.clone(), values)
     }
@@ -230,18 +231,18 @@ impl<R: Read + Seek> PtFile<R> {
         }
     }
 
-    /// Refuses to go on when what was read, unpacked and gathered so far is far more than the file holds: a small file can
-    /// name a million views of one deflated record.
+    /// Refuses to read a tensor when what was read, unpacked and gathered so far, and what the tensor takes, is far more than
+    /// the file holds: a small file can name a million views of one deflated record, and expand each.
     ///
     /// # Errors
     /// More than four times all records and 256 MiB.
-    pub(crate) fn check_work(&self) -> Result<()> {
-        let held = self.container.held;
+    pub(crate) fn check_work(&self, tensor: &TensorRef) -> Result<()> {
+        let (held, work) = (self.container.held, self.container.work.saturating_add(tensor.bytes()));
         let limit = held.saturating_mul(4).saturating_add(256 << 20);
-        match self.container.work > limit {
+        match work > limit {
             true => Err(Error::format(format!(
-                "{} bytes were read for the tensors so far, and all records together have {held}: a limit of {limit} is passed",
-                self.container.work
+                "{work} bytes are read and made for the tensors up to this one, and all records together have {held}: the limit is \
+                 {limit}"
             ))),
             false => Ok(()),
         }

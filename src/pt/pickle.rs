@@ -46,6 +46,11 @@ pub struct TensorRef {
 }
 
 impl TensorRef {
+    /// The bytes of its elements.
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.elements as u64).saturating_mul(self.dtype.size_bytes() as u64)
+    }
+
     /// One more than the last position that the view reads, counted from its first; 0 if it has no elements.
     pub(crate) fn span(&self) -> usize {
         if self.elements == 0 {
