@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::crosscoder::{CrossCoder, checked_shape};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::files::TensorFile;
+use crate::files::{TensorFile, read_beside};
 use crate::init::initial_weights;
 use crate::layouts;
 use crate::pt::{self, TensorSource};
@@ -34,6 +34,9 @@ use std::path::{Path, PathBuf};
 
 /// Elements that are fetched from a backend at a time when a parameter is saved.
 const SAVE_ELEMENTS: usize = 1 << 16;
+
+/// A cfg longer than this is refused; the original's has 600 bytes.
+const CFG_BYTES: u64 = 64 << 20;
 
 /// The files of one checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,7 +137,7 @@ pub fn find(path: &Path) -> Result<Files> {
         let there = |[weights, _]: &&[&str; 2]| path.join(weights).is_file();
         if let Some([weights, cfg]) = FOLDER_NAMES.iter().find(there) {
             let files = Files { weights: path.join(weights), cfg: path.join(cfg) };
-            if files.cfg.is_file() {
+            if files.cfg.symlink_metadata().is_ok() {
                 return Ok(files);
             }
             return Err(Error::usage(format!("its cfg is missing: no {cfg} beside it")).in_file(&files.weights));
@@ -143,11 +146,12 @@ pub fn find(path: &Path) -> Result<Files> {
         let what = format!("no checkpoint here: looked for N.pt with N_cfg.json, {}", names.join(", "));
         return Err(Error::usage(what).in_file(path));
     }
-    if !path.exists() {
-        return Err(Error::io("no such checkpoint", std::io::ErrorKind::NotFound.into()).in_file(path));
+    if let Err(e) = path.metadata() {
+        let absent = e.kind() == std::io::ErrorKind::NotFound;
+        return Err(Error::io(if absent { "no such checkpoint" } else { "cannot look at it" }, e).in_file(path));
     }
     let names = cfg_names(path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
-    match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.is_file()) {
+    match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.symlink_metadata().is_ok()) {
         Some(cfg) => Ok(Files { weights: path.to_owned(), cfg }),
         None => {
             let what = format!("its cfg is missing: none of {} is beside it", names.join(", "));
@@ -159,10 +163,9 @@ pub fn find(path: &Path) -> Result<Files> {
 /// Reads a cfg.
 ///
 /// # Errors
-/// A file that cannot be read or is no JSON object.
+/// A file that cannot be read, is not regular, has more than 64 MiB, or is no JSON object.
 pub fn read_cfg(path: &Path) -> Result<Config> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read", e).in_file(path))?;
-    Config::from_json(&bytes).map_err(|e| e.in_file(path))
+    Config::from_json(&read_beside(path, CFG_BYTES)?).map_err(|e| e.in_file(path))
 }
 
 /// Reads a checkpoint's cfg and its four parameters, on the host: in whatever layout, the original's comes out.

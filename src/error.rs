@@ -102,9 +102,12 @@ impl Error {
         self
     }
 
-    /// The same error, one place further out: a file, an entry, a key.
+    /// The same error, one place further out: a file, an entry, a key. A place that is the outermost already is not said twice.
     pub fn at(mut self, place: impl fmt::Display) -> Self {
-        self.0.places.push(place.to_string());
+        let place = place.to_string();
+        if self.0.places.last() != Some(&place) {
+            self.0.places.push(place);
+        }
         self
     }
 
@@ -158,5 +161,6 @@ mod tests {
         assert_eq!(error.to_string(), "0.pt: data.pkl: cannot read: disk on fire");
         assert_eq!(error.kind(), ErrorKind::Io);
         assert!(std::error::Error::source(&error).is_some());
+        assert_eq!(error.in_file(Path::new("0.pt")).to_string(), "0.pt: data.pkl: cannot read: disk on fire");
     }
 }

@@ -19,15 +19,30 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic::{self, Kind};
 use crate::npy::NpyFile;
-use crate::pt::{PathPart, PtFile, TensorRef, open_file};
-use crate::raw::read_at;
+use crate::pt::{PathPart, PtFile, TensorRef};
+use crate::raw::{open_file, read_at};
 use crate::safetensors::SafetensorsFile;
 use crate::tensor::{Tensor, row_major_strides};
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// All of a file beside the tensors, such as a cfg or a log.
+///
+/// # Errors
+/// A file that is not regular or has more than `limit` bytes.
+pub fn read_beside(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = open_file(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(|e| Error::io("cannot read", e).in_file(path))?;
+    match bytes.len() as u64 > limit {
+        true => Err(Error::unsupported(format!("it has more bytes than the limit of {limit}")).in_file(path)),
+        false => Ok(bytes),
+    }
+}
 
 /// The formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

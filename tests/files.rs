@@ -2,13 +2,16 @@
 
 mod common;
 use common::crc32;
+use crosscoder::activations::Activations;
+use crosscoder::checkpoint;
 use crosscoder::files::{Format, TensorFile};
 use crosscoder::info::{Style, info};
 use crosscoder::npy::{self, NpyFile};
 use crosscoder::pt::{self, PathPart, PtFile, Save, TensorSource, Writer};
+use crosscoder::report::TrainingLog;
 use crosscoder::safetensors::{self, SafetensorsFile};
 use crosscoder::tensor::Values;
-use crosscoder::{Dtype, Result, Tensor};
+use crosscoder::{CrossCoder, Dtype, Result, Tensor};
 use serde_json::Value as Json;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -316,6 +319,40 @@ fn a_file_is_opened_by_its_path_which_errors_name() {
         let said = error(name);
         assert!(said.contains(words) && said.contains(name), "{said}");
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn only_regular_files_are_opened() {
+    let folder = std::env::temp_dir().join(format!("crosscoder-regular-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let [fifo, zeros, cfg] = ["fifo.pt", "zeros.npy", "0_cfg.json"].map(|name| folder.join(name));
+    // Without a writer, opening this one would wait for ever.
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    std::os::unix::fs::symlink("/dev/zero", &zeros).unwrap();
+    std::fs::copy(fixture("pt/0.pt"), folder.join("0.pt")).unwrap();
+    for path in [&fifo, &zeros] {
+        let refused = format!("{}: no regular file", path.display());
+        let said = [
+            info(path, Style::Text, true).unwrap_err(),
+            Activations::open(&[path]).unwrap_err(),
+            pt::open(path).unwrap_err(),
+            TrainingLog::read(path).unwrap_err(),
+            checkpoint::read_cfg(path).unwrap_err(),
+        ];
+        said.iter().for_each(|e| assert!(e.to_string().starts_with(&refused), "{e}"));
+        let _ = std::fs::remove_file(&cfg);
+        std::os::unix::fs::symlink(path, &cfg).unwrap();
+        for checkpoint in [&folder, &folder.join("0.pt")] {
+            let said = CrossCoder::load(checkpoint).unwrap_err().to_string();
+            assert!(said.starts_with(&format!("{}: no regular file", cfg.display())), "{said}");
+        }
+    }
+    std::fs::remove_file(&cfg).unwrap();
+    std::fs::File::create(&cfg).unwrap().set_len((64 << 20) + 1).unwrap();
+    let said = CrossCoder::load(&folder).unwrap_err().to_string();
+    assert!(said.contains("0_cfg.json: it has more bytes than the limit of 67108864"), "{said}");
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

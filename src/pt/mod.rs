@@ -31,6 +31,7 @@ pub use write::{Save, TensorSource, Writer, write_state_dict};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::raw::open_file;
 use crate::tensor::{Positions, Tensor, Values, is_dense, row_major_strides};
 use container::{Container, spelled};
 use crc32fast::Hasher as Crc32;
@@ -73,16 +74,6 @@ pub fn open(path: impl AsRef<Path>) -> Result<PtFile<File>> {
     let path = path.as_ref();
     let file = open_file(path)?;
     PtFile::new(file).map_err(|e| e.in_file(path))
-}
-
-/// Opens a file, which must not be a folder.
-pub(crate) fn open_file(path: &Path) -> Result<File> {
-    let file = File::open(path).map_err(|e| Error::io("cannot open", e).in_file(path))?;
-    match file.metadata() {
-        Ok(metadata) if metadata.is_dir() => Err(Error::format("a folder, not a file").in_file(path)),
-        Ok(_) => Ok(file),
-        Err(e) => Err(Error::io("cannot look at it", e).in_file(path)),
-    }
 }
 
 impl<R: Read + Seek> PtFile<R> {
