@@ -29,6 +29,7 @@ use crate::layouts;
 use crate::pt::{self, TensorSource};
 use crate::safetensors;
 use crate::tensor::{Tensor, Values, row_major_strides};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -58,10 +59,11 @@ pub const FOLDER_NAMES: [[&str; 2]; 6] = [
     ["model.pt", "config.json"],
 ];
 
-/// The names that the cfg beside a weights file may have.
-pub(crate) fn cfg_names(weights: &str) -> [String; 3] {
-    let stem = weights.rsplit_once('.').map_or(weights, |(stem, _)| stem);
-    [format!("{stem}_cfg.json"), "cfg.json".to_owned(), "config.json".to_owned()]
+/// The names that the cfg beside a weights file may have; the first is the one that is written.
+pub fn cfg_names(weights: &Path) -> [OsString; 3] {
+    let mut own = weights.file_stem().unwrap_or_default().to_owned();
+    own.push("_cfg.json");
+    [own, "cfg.json".into(), "config.json".into()]
 }
 
 /// The checkpoint `N` in a version directory: `N.pt` and `N_cfg.json`.
@@ -150,10 +152,11 @@ pub fn find(path: &Path) -> Result<Files> {
         let absent = e.kind() == std::io::ErrorKind::NotFound;
         return Err(Error::io(if absent { "no such checkpoint" } else { "cannot look at it" }, e).in_file(path));
     }
-    let names = cfg_names(path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
+    let names = cfg_names(path);
     match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.symlink_metadata().is_ok()) {
         Some(cfg) => Ok(Files { weights: path.to_owned(), cfg }),
         None => {
+            let names = names.each_ref().map(|name| name.to_string_lossy());
             let what = format!("its cfg is missing: none of {} is beside it", names.join(", "));
             Err(Error::usage(what).in_file(path))
         }

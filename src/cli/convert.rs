@@ -71,8 +71,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 }
 
 fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool, force: bool) -> Result<()> {
-    let stem = to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let out = Files { weights: to.to_owned(), cfg: to.with_file_name(format!("{stem}_cfg.json")) };
+    let [cfg, ..] = checkpoint::cfg_names(to);
+    let out = Files { weights: to.to_owned(), cfg: to.with_file_name(cfg) };
     args::may_write(&out.weights, force)?;
     args::may_write(&out.cfg, force)?;
     let (mut cfg, mut weights) = checkpoint::read(files)?;
