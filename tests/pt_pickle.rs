@@ -144,6 +144,20 @@ fn a_key_that_is_set_again_keeps_its_place() {
     assert_eq!(entries(&ones), pairs(&[("1", 3), ("1", 4)]));
     let tuples = cat(&[b"}(K\x01K\x02\x86K\x01(K\x01K\x02tK\x02", b"K\x01\x85K\x03u"]);
     assert_eq!(entries(&tuples), pairs(&[("(1, 2)", 2), ("(1,)", 3)]));
+    // nan equals only itself, the one object; floats equal integers as long as these have 64 bits.
+    let nan = [&b"G"[..], &f64::NAN.to_be_bytes()].concat();
+    let nans = cat(&[b"}(", &nan, b"K\x01", &nan, b"q\x07K\x02h\x07K\x03h\x07\x85K\x04h\x07\x85K\x05u"]);
+    assert_eq!(entries(&nans), pairs(&[("NaN", 1), ("NaN", 3), ("(NaN,)", 5)]));
+    let float = |f: f64| [&b"G"[..], &f.to_be_bytes()].concat();
+    for n in [i64::MIN, -(1 << 60), 9_100_000_000_000_000_000, i64::MAX - 1023] {
+        let same = cat(&[b"}(", &float(n as f64), b"K\x01", &int(n), b"K\x02u"]);
+        assert_eq!(entries(&same).len(), 1, "{n}");
+    }
+    assert_eq!(entries(&cat(&[b"}(", &float(f64::INFINITY), b"K\x01", &float(f64::NEG_INFINITY), b"K\x02u"])).len(), 2);
+    for key in [&b"(K\x01\x91"[..], &call("builtins.complex", b"G\0\0\0\0\0\0\0\0G\0\0\0\0\0\0\0\0\x86")] {
+        bad("equal to other types, or in another order", &cat(&[b"}(", key, b"NNNu"]), &["lies in a key of a dict"]);
+    }
+    bad("a large float", &cat(&[b"}(", &float(1e19), b"NNNu"]), &["the float 1e19 is or lies in a key"]);
     for key in [&b"]"[..], b"}", b"\x8f", &w(), &storage("FloatStorage", "0", 4)] {
         bad("key", &cat(&[b"}", key, b"K\x01s"]), &["cannot be a key"]);
         bad("element", &cat(&[b"\x8f(", key, b"\x90"]), &["cannot be a key"]);
