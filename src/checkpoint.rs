@@ -22,7 +22,7 @@ use crate::backend::{Backend, Cpu, Scalar, Shaped};
 use crate::config::Config;
 use crate::crosscoder::{CrossCoder, checked_shape};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::files::{TensorFile, read_beside};
 use crate::init::initial_weights;
 use crate::layouts;
@@ -46,6 +46,14 @@ pub struct Files {
     pub weights: PathBuf,
     /// The cfg.
     pub cfg: PathBuf,
+}
+
+impl Files {
+    /// The error in the file that it is about: the cfg for one of its keys, the weights for all else.
+    pub fn blame(&self, error: Error) -> Error {
+        let file = if error.kind() == ErrorKind::Config { &self.cfg } else { &self.weights };
+        error.in_file(file)
+    }
 }
 
 /// The names of a checkpoint that has a folder of its own, weights and cfg: the original's on the hub, the same as
@@ -178,7 +186,7 @@ pub fn read_cfg(path: &Path) -> Result<Config> {
 /// other or the cfg.
 pub fn read(files: &Files) -> Result<(Config, Parameters<Tensor>)> {
     let (cfg, weights) = layouts::read(&mut TensorFile::open(&files.weights)?, read_cfg(&files.cfg)?, &files.cfg)?;
-    checked_shape(&cfg, &weights).map_err(|e| e.in_file(&files.weights))?;
+    checked_shape(&cfg, &weights).map_err(|e| files.blame(e))?;
     Ok((cfg, weights))
 }
 
@@ -233,7 +241,7 @@ impl<B: Backend> CrossCoder<B> {
     /// As [`CrossCoder::load`].
     pub fn load_files(backend: B, files: &Files) -> Result<Self> {
         let (cfg, weights) = read(files)?;
-        Self::from_tensors(backend, cfg, weights).map_err(|e| e.in_file(&files.weights))
+        Self::from_tensors(backend, cfg, weights).map_err(|e| files.blame(e))
     }
 
     /// Loads the checkpoint that these files are on the backend that `backend` makes for its dtype.
@@ -243,7 +251,7 @@ impl<B: Backend> CrossCoder<B> {
     pub fn load_with(files: &Files, backend: impl FnOnce(Dtype) -> B) -> Result<Self> {
         let (cfg, weights) = read(files)?;
         let dtype = cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
-        Self::from_tensors(backend(dtype), cfg, weights).map_err(|e| e.in_file(&files.weights))
+        Self::from_tensors(backend(dtype), cfg, weights).map_err(|e| files.blame(e))
     }
 
     /// Saves the checkpoint whole or not at all: the weights as `torch.save(self.state_dict(), …)` writes them, byte for byte,
