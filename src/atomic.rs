@@ -16,7 +16,7 @@
 )]
 
 use crate::error::{Error, Result};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +26,9 @@ use std::thread::ScopedJoinHandle;
 
 /// What stands in the names of temporary files: `.0.pt.4711-0.crosscoder-tmp`.
 const SUFFIX: &str = ".crosscoder-tmp";
+
+/// So much of a file's own name stands there, too.
+const STEM_BYTES: usize = 180;
 
 /// A file that is written and synced, but not yet in its place. Dropped, it is removed.
 #[derive(Debug)]
@@ -212,11 +215,12 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>> {
 fn temporary_for(path: &Path) -> Result<PathBuf> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or_else(|| Error::usage("a file needs a name").in_file(path))?;
+    // A name may have 255 bytes; so many are left beside the numbers. It is for people: what tells names apart are these.
+    let name = name.to_string_lossy();
+    let stem = (0..=STEM_BYTES).rev().find_map(|n| name.get(..n)).unwrap_or_default();
     loop {
-        let mut temporary = OsString::from(".");
-        temporary.push(name);
-        temporary.push(format!(".{}-{}{SUFFIX}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-        let temporary = path.with_file_name(temporary);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_file_name(format!(".{stem}.{}-{count}{SUFFIX}", std::process::id()));
         if temporary.symlink_metadata().is_err() {
             return Ok(temporary);
         }
@@ -325,6 +329,9 @@ mod tests {
         assert_eq!(names(&folder), ["a.txt"]);
         write(&path, |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        let long = "é".repeat(127);
+        write(&folder.join(&long), |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
+        assert_eq!(names(&folder), ["a.txt", &long]);
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -22,18 +22,22 @@ use crate::backend::{Backend, Cpu, Scalar, Shaped};
 use crate::config::Config;
 use crate::crosscoder::{CrossCoder, checked_shape};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
-use crate::files::TensorFile;
+use crate::error::{Error, ErrorKind, Result};
+use crate::files::{TensorFile, read_beside};
 use crate::init::initial_weights;
 use crate::layouts;
 use crate::pt::{self, TensorSource};
 use crate::safetensors;
 use crate::tensor::{Tensor, Values, row_major_strides};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Elements that are fetched from a backend at a time when a parameter is saved.
 const SAVE_ELEMENTS: usize = 1 << 16;
+
+/// A cfg longer than this is refused; the original's has 600 bytes.
+const CFG_BYTES: u64 = 64 << 20;
 
 /// The files of one checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +46,14 @@ pub struct Files {
     pub weights: PathBuf,
     /// The cfg.
     pub cfg: PathBuf,
+}
+
+impl Files {
+    /// The error in the file that it is about: the cfg for one of its keys, the weights for all else.
+    pub fn blame(&self, error: Error) -> Error {
+        let file = if error.kind() == ErrorKind::Config { &self.cfg } else { &self.weights };
+        error.in_file(file)
+    }
 }
 
 /// The names of a checkpoint that has a folder of its own, weights and cfg: the original's on the hub, the same as
@@ -55,10 +67,11 @@ pub const FOLDER_NAMES: [[&str; 2]; 6] = [
     ["model.pt", "config.json"],
 ];
 
-/// The names that the cfg beside a weights file may have.
-pub(crate) fn cfg_names(weights: &str) -> [String; 3] {
-    let stem = weights.rsplit_once('.').map_or(weights, |(stem, _)| stem);
-    [format!("{stem}_cfg.json"), "cfg.json".to_owned(), "config.json".to_owned()]
+/// The names that the cfg beside a weights file may have; the first is the one that is written.
+pub fn cfg_names(weights: &Path) -> [OsString; 3] {
+    let mut own = weights.file_stem().unwrap_or_default().to_owned();
+    own.push("_cfg.json");
+    [own, "cfg.json".into(), "config.json".into()]
 }
 
 /// The checkpoint `N` in a version directory: `N.pt` and `N_cfg.json`.
@@ -134,7 +147,7 @@ pub fn find(path: &Path) -> Result<Files> {
         let there = |[weights, _]: &&[&str; 2]| path.join(weights).is_file();
         if let Some([weights, cfg]) = FOLDER_NAMES.iter().find(there) {
             let files = Files { weights: path.join(weights), cfg: path.join(cfg) };
-            if files.cfg.is_file() {
+            if files.cfg.symlink_metadata().is_ok() {
                 return Ok(files);
             }
             return Err(Error::usage(format!("its cfg is missing: no {cfg} beside it")).in_file(&files.weights));
@@ -143,13 +156,15 @@ pub fn find(path: &Path) -> Result<Files> {
         let what = format!("no checkpoint here: looked for N.pt with N_cfg.json, {}", names.join(", "));
         return Err(Error::usage(what).in_file(path));
     }
-    if !path.exists() {
-        return Err(Error::io("no such checkpoint", std::io::ErrorKind::NotFound.into()).in_file(path));
+    if let Err(e) = path.metadata() {
+        let absent = e.kind() == std::io::ErrorKind::NotFound;
+        return Err(Error::io(if absent { "no such checkpoint" } else { "cannot look at it" }, e).in_file(path));
     }
-    let names = cfg_names(path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
-    match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.is_file()) {
+    let names = cfg_names(path);
+    match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.symlink_metadata().is_ok()) {
         Some(cfg) => Ok(Files { weights: path.to_owned(), cfg }),
         None => {
+            let names = names.each_ref().map(|name| name.to_string_lossy());
             let what = format!("its cfg is missing: none of {} is beside it", names.join(", "));
             Err(Error::usage(what).in_file(path))
         }
@@ -159,10 +174,9 @@ pub fn find(path: &Path) -> Result<Files> {
 /// Reads a cfg.
 ///
 /// # Errors
-/// A file that cannot be read or is no JSON object.
+/// A file that cannot be read, is not regular, has more than 64 MiB, or is no JSON object.
 pub fn read_cfg(path: &Path) -> Result<Config> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read", e).in_file(path))?;
-    Config::from_json(&bytes).map_err(|e| e.in_file(path))
+    Config::from_json(&read_beside(path, CFG_BYTES)?).map_err(|e| e.in_file(path))
 }
 
 /// Reads a checkpoint's cfg and its four parameters, on the host: in whatever layout, the original's comes out.
@@ -172,7 +186,7 @@ pub fn read_cfg(path: &Path) -> Result<Config> {
 /// other or the cfg.
 pub fn read(files: &Files) -> Result<(Config, Parameters<Tensor>)> {
     let (cfg, weights) = layouts::read(&mut TensorFile::open(&files.weights)?, read_cfg(&files.cfg)?, &files.cfg)?;
-    checked_shape(&cfg, &weights).map_err(|e| e.in_file(&files.weights))?;
+    checked_shape(&cfg, &weights).map_err(|e| files.blame(e))?;
     Ok((cfg, weights))
 }
 
@@ -227,7 +241,7 @@ impl<B: Backend> CrossCoder<B> {
     /// As [`CrossCoder::load`].
     pub fn load_files(backend: B, files: &Files) -> Result<Self> {
         let (cfg, weights) = read(files)?;
-        Self::from_tensors(backend, cfg, weights).map_err(|e| e.in_file(&files.weights))
+        Self::from_tensors(backend, cfg, weights).map_err(|e| files.blame(e))
     }
 
     /// Loads the checkpoint that these files are on the backend that `backend` makes for its dtype.
@@ -237,7 +251,7 @@ impl<B: Backend> CrossCoder<B> {
     pub fn load_with(files: &Files, backend: impl FnOnce(Dtype) -> B) -> Result<Self> {
         let (cfg, weights) = read(files)?;
         let dtype = cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
-        Self::from_tensors(backend(dtype), cfg, weights).map_err(|e| e.in_file(&files.weights))
+        Self::from_tensors(backend(dtype), cfg, weights).map_err(|e| files.blame(e))
     }
 
     /// Saves the checkpoint whole or not at all: the weights as `torch.save(self.state_dict(), …)` writes them, byte for byte,

@@ -56,7 +56,10 @@ fn run() -> Result<ExitCode> {
             args::help(concat!("crosscoder ", env!("CARGO_PKG_VERSION"), "\n"))
         }
         Some(other) => Err(args::usage(other.unexpected())),
-        None => Err(Error::usage(format!("a verb is missing\n\n{HELP}"))),
+        None => {
+            let _ = write!(std::io::stderr(), "crosscoder: a verb is missing\n\n{HELP}");
+            Ok(ExitCode::from(2))
+        }
     }
 }
 

@@ -43,7 +43,8 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads a cfg. Python's `NaN` and `Infinity`, which are no JSON, are refused.
+    /// Reads a cfg. Python's `NaN` and `Infinity`, which are no JSON, are refused. An integer beyond 64 bits becomes the nearest
+    /// float, and is written back as that.
     ///
     /// # Errors
     /// Bytes that are not one JSON object. Of a key that stands twice the last value counts, as in Python.

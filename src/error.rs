@@ -12,7 +12,7 @@
     )
 )]
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::Path;
 
 /// What [`crate`] returns when something fails.
@@ -49,7 +49,8 @@ pub enum ErrorKind {
 /// An error that says where it happened, what was needed and what was found.
 ///
 /// [`std::fmt::Display`] prints one line, outermost place first:
-/// `0.pt: data.pkl, byte 118: global 'os.system' is not allowed`.
+/// `0.pt: data.pkl, byte 118: global 'os.system' is not allowed`. What names in a file may do to a terminal is escaped, see
+/// [`printable`].
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -102,9 +103,12 @@ impl Error {
         self
     }
 
-    /// The same error, one place further out: a file, an entry, a key.
+    /// The same error, one place further out: a file, an entry, a key. A place that is the outermost already is not said twice.
     pub fn at(mut self, place: impl fmt::Display) -> Self {
-        self.0.places.push(place.to_string());
+        let place = place.to_string();
+        if self.0.places.last() != Some(&place) {
+            self.0.places.push(place);
+        }
         self
     }
 
@@ -121,14 +125,34 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = Printable(f);
         for place in self.0.places.iter().rev() {
-            write!(f, "{place}: ")?;
+            write!(out, "{place}: ")?;
         }
-        write!(f, "{}", self.0.what)?;
+        write!(out, "{}", self.0.what)?;
         match &self.0.source {
-            Some(source) => write!(f, ": {source}"),
+            Some(source) => write!(out, ": {source}"),
             None => Ok(()),
         }
+    }
+}
+
+/// Text from a file for a terminal: control characters, newlines among them, are escaped.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    // Writing to a string cannot fail.
+    let _ = Printable(&mut out).write_str(text);
+    out
+}
+
+struct Printable<W>(W);
+
+impl<W: Write> Write for Printable<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|c| match c.is_control() {
+            true => write!(self.0, "{}", c.escape_default()),
+            false => self.0.write_char(c),
+        })
     }
 }
 
@@ -158,5 +182,13 @@ mod tests {
         assert_eq!(error.to_string(), "0.pt: data.pkl: cannot read: disk on fire");
         assert_eq!(error.kind(), ErrorKind::Io);
         assert!(std::error::Error::source(&error).is_some());
+        assert_eq!(error.in_file(Path::new("0.pt")).to_string(), "0.pt: data.pkl: cannot read: disk on fire");
+    }
+
+    #[test]
+    fn a_name_from_a_file_does_nothing_to_a_terminal() {
+        let source = std::io::Error::other("a\u{9b}b");
+        let error = Error::io("é 重み \u{1b}[31m\r\n\0", source).at("x\ty\u{7f}");
+        assert_eq!(error.to_string(), "x\\ty\\u{7f}: é 重み \\u{1b}[31m\\r\\n\\u{0}: a\\u{9b}b");
     }
 }

@@ -19,15 +19,30 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::magic::{self, Kind};
 use crate::npy::NpyFile;
-use crate::pt::{PathPart, PtFile, TensorRef, open_file};
-use crate::raw::read_at;
+use crate::pt::{PathPart, PtFile, TensorRef};
+use crate::raw::{open_file, read_at};
 use crate::safetensors::SafetensorsFile;
 use crate::tensor::{Tensor, row_major_strides};
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// All of a file beside the tensors, such as a cfg or a log.
+///
+/// # Errors
+/// A file that is not regular or has more than `limit` bytes.
+pub fn read_beside(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = open_file(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(|e| Error::io("cannot read", e).in_file(path))?;
+    match bytes.len() as u64 > limit {
+        true => Err(Error::unsupported(format!("it has more bytes than the limit of {limit}")).in_file(path)),
+        false => Ok(bytes),
+    }
+}
 
 /// The formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,13 +234,17 @@ impl TensorFile {
         })
     }
 
-    /// Refuses to go on where a file has made its reader work far beyond its size: whoever reads all tensors of a file and keeps
-    /// them asks this before each, since a small `.pt` file can give one storage a million names.
+    /// [`Self::read`] for whoever reads all tensors of a file and keeps them. Refuses where a file makes its reader work far
+    /// beyond its size, since a small `.pt` file can give one storage a million names, and expand each.
     ///
     /// # Errors
-    /// More than four times the bytes of all records of a `.pt` file, and 256 MiB, were read so far.
-    pub fn check_work(&self) -> Result<()> {
-        self.as_pt().map_or(Ok(()), PtFile::check_work).map_err(|e| e.in_file(&self.path))
+    /// Those of [`Self::read`]; with this tensor, more than four times the bytes of all records of a `.pt` file, and 256 MiB.
+    pub fn read_of_all(&mut self, index: usize) -> Result<Tensor> {
+        self.with(index, |inner| match inner {
+            Inner::Pt { file, refs, .. } => Some(file.check_work(refs.get(index)?)),
+            _ => Some(Ok(())),
+        })?;
+        self.read(index)
     }
 
     /// The CRC-32 of its elements' little-endian bytes in row-major order.
@@ -239,7 +258,7 @@ impl TensorFile {
                 if let Some(&crc) = checksums.get(tensor) {
                     return Some(Ok(crc));
                 }
-                let crc = file.check_work().and_then(|()| file.crc32(tensor));
+                let crc = file.check_work(tensor).and_then(|()| file.crc32(tensor));
                 if let Ok(crc) = crc {
                     checksums.insert(tensor.clone(), crc);
                 }

@@ -233,7 +233,7 @@ impl Case {
         let mut file = TensorFile::open(&path)?;
         let mut golden = BTreeMap::new();
         for (index, entry) in file.tensors().to_vec().into_iter().enumerate() {
-            golden.insert(entry.name, file.read(index)?);
+            golden.insert(entry.name, file.read_of_all(index)?);
         }
         let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy().into_owned();
         Ok(Case { name, cfg, weights, golden })

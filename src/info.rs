@@ -12,7 +12,7 @@
     )
 )]
 
-use crate::error::Result;
+use crate::error::{Result, printable};
 use crate::files::TensorFile;
 use crate::pt::{BigInt, PathPart, Value, dotted};
 use std::fmt::Write;
@@ -91,10 +91,10 @@ fn json(file: &TensorFile, crcs: &[u32]) -> Result<String> {
 }
 
 fn text(file: &TensorFile, crcs: &[u32]) -> Result<String> {
-    let mut out = format!("{}\t{}\n", file.path().display(), file.format());
+    let mut out = format!("{}\t{}\n", printable(&file.path().to_string_lossy()), file.format());
     for (index, tensor) in file.tensors().iter().enumerate() {
         let name = if tensor.path.is_empty() { "(the root)" } else { &tensor.name };
-        push(&mut out, format_args!("{}\t{}\t{:?}", line(name), tensor.dtype, tensor.shape));
+        push(&mut out, format_args!("{}\t{}\t{:?}", printable(name), tensor.dtype, tensor.shape));
         push(&mut out, format_args!("\tstrides {:?}", tensor.strides));
         if let Some(crc) = crcs.get(index) {
             push(&mut out, format_args!("\tcrc32 {crc:08x}"));
@@ -103,13 +103,13 @@ fn text(file: &TensorFile, crcs: &[u32]) -> Result<String> {
     }
     if let Some(pt) = file.as_pt() {
         pt.plain_values(|path, value| {
-            let value = json_value(value).unwrap_or_else(|what| line(&what));
-            push(&mut out, format_args!("{}\t{value}\n", line(&dotted(path))));
+            let value = json_value(value).unwrap_or_else(|what| printable(&what));
+            push(&mut out, format_args!("{}\t{value}\n", printable(&dotted(path))));
             Ok(())
         })?;
     }
     for (key, value) in file.metadata() {
-        push(&mut out, format_args!("{}\t{}\n", line(key), quoted(value)));
+        push(&mut out, format_args!("{}\t{}\n", printable(key), quoted(value)));
     }
     Ok(out)
 }
@@ -127,11 +127,6 @@ fn comma(out: &mut String, first: bool) {
 
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
-}
-
-/// A name from a file on a terminal: control characters are escaped.
-fn line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
 fn numbers(list: &[usize]) -> String {

@@ -223,8 +223,7 @@ impl<'a> Named<'a> {
         if let Some((_, taken)) = self.names.get_mut(index) {
             *taken = true;
         }
-        self.file.check_work()?;
-        self.file.read(index).map(Some)
+        self.file.read_of_all(index).map(Some)
     }
 
     fn need(&mut self, name: &str) -> Result<Tensor> {

@@ -16,8 +16,10 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::Values;
 use crc32fast::Hasher as Crc32;
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 /// Bytes moved at a time. A multiple of every element's size.
@@ -82,6 +84,17 @@ impl<'a> Bytes<'a> {
         let line = self.take(n)?;
         self.take(1)?;
         Some(line)
+    }
+}
+
+/// Opens a regular file. Others are refused before: opening a FIFO waits for whoever writes to it, and a device may have no end.
+pub(crate) fn open_file(path: &Path) -> Result<File> {
+    let cannot = |e| Error::io("cannot open", e).in_file(path);
+    let kind = std::fs::metadata(path).map_err(cannot)?.file_type();
+    match (kind.is_file(), kind.is_dir()) {
+        (true, _) => File::open(path).map_err(cannot),
+        (_, true) => Err(Error::format("a folder, not a file").in_file(path)),
+        _ => Err(Error::format("no regular file but a device, a FIFO or a socket").in_file(path)),
     }
 }
 

@@ -2,13 +2,16 @@
 
 mod common;
 use common::crc32;
+use crosscoder::activations::Activations;
+use crosscoder::checkpoint;
 use crosscoder::files::{Format, TensorFile};
 use crosscoder::info::{Style, info};
 use crosscoder::npy::{self, NpyFile};
 use crosscoder::pt::{self, PathPart, PtFile, Save, TensorSource, Writer};
+use crosscoder::report::TrainingLog;
 use crosscoder::safetensors::{self, SafetensorsFile};
 use crosscoder::tensor::Values;
-use crosscoder::{Dtype, Result, Tensor};
+use crosscoder::{CrossCoder, Dtype, Result, Tensor};
 use serde_json::Value as Json;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -316,6 +319,72 @@ fn a_file_is_opened_by_its_path_which_errors_name() {
         let said = error(name);
         assert!(said.contains(words) && said.contains(name), "{said}");
     }
+}
+
+#[test]
+fn rows_that_float32_cannot_hold_are_told() {
+    let largest = f64::from(f32::MAX);
+    let rows = |last: f64| {
+        let values = Values::F64([vec![-largest; 11], vec![last]].concat());
+        Activations::from_tensor("rows", Tensor::new(vec![3, 2, 2], values).unwrap()).unwrap()
+    };
+    let mut out = Vec::new();
+    rows(largest).read_f32(0, 3, &mut out).unwrap();
+    assert_eq!(out[10..], [f32::MIN, f32::MAX]);
+    for (value, shown) in [(1e300, "1e300"), (-largest * 1.1, "-3.743105813"), (f64::NAN, "NaN is not finite")] {
+        let said = rows(value).read_f32(1, 2, &mut out).unwrap_err().to_string();
+        assert!(said.starts_with("rows, row 2: model B, element 1: ") && said.contains(shown), "{said}");
+        assert_eq!(said.contains("finite in float32"), value.is_finite(), "{said}");
+        assert!(rows(value).unchecked().read_f32(0, 3, &mut out).is_ok());
+    }
+}
+
+#[test]
+fn rows_in_fortran_order_are_refused_with_the_name_once() {
+    let path = std::env::temp_dir().join(format!("crosscoder-fortran-{}.npy", std::process::id()));
+    std::fs::write(&path, npy_file("{'descr': '<f4', 'fortran_order': True, 'shape': (3, 2, 2)}", &[0; 48])).unwrap();
+    let said = Activations::open(&[&path]).unwrap().read(0, 1, &mut Vec::new()).unwrap_err().to_string();
+    assert_eq!(said, format!("{}: rows of an array in Fortran order; save it in C order", path.display()));
+    std::fs::remove_file(path).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn only_regular_files_are_opened() {
+    let folder = std::env::temp_dir().join(format!("crosscoder-regular-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let [fifo, zeros, cfg] = ["fifo.pt", "zeros.npy", "0_cfg.json"].map(|name| folder.join(name));
+    // Without a writer, opening this one would wait for ever.
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    std::os::unix::fs::symlink("/dev/zero", &zeros).unwrap();
+    std::fs::copy(fixture("pt/0.pt"), folder.join("0.pt")).unwrap();
+    for path in [&fifo, &zeros] {
+        let refused = format!("{}: no regular file", path.display());
+        let said = [
+            info(path, Style::Text, true).unwrap_err(),
+            Activations::open(&[path]).unwrap_err(),
+            pt::open(path).unwrap_err(),
+            TrainingLog::read(path).unwrap_err(),
+            checkpoint::read_cfg(path).unwrap_err(),
+        ];
+        said.iter().for_each(|e| assert!(e.to_string().starts_with(&refused), "{e}"));
+        let _ = std::fs::remove_file(&cfg);
+        std::os::unix::fs::symlink(path, &cfg).unwrap();
+        for checkpoint in [&folder, &folder.join("0.pt")] {
+            let said = CrossCoder::load(checkpoint).unwrap_err().to_string();
+            assert!(said.starts_with(&format!("{}: no regular file", cfg.display())), "{said}");
+        }
+    }
+    std::fs::remove_file(&cfg).unwrap();
+    let looped = folder.join("looped.pt");
+    std::os::unix::fs::symlink("looped.pt", &looped).unwrap();
+    let [looped, absent] = [looped, folder.join("absent.pt")].map(|p| CrossCoder::load(p).unwrap_err().to_string());
+    assert!(looped.contains("looped.pt: cannot look at it: "), "{looped}");
+    assert!(absent.contains("absent.pt: no such checkpoint: "), "{absent}");
+    std::fs::File::create(&cfg).unwrap().set_len((64 << 20) + 1).unwrap();
+    let said = CrossCoder::load(&folder).unwrap_err().to_string();
+    assert!(said.contains("0_cfg.json: it has more bytes than the limit of 67108864"), "{said}");
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

@@ -455,6 +455,30 @@ fn factors_are_folded_only_into_weights_that_fit() {
 }
 
 #[test]
+fn a_bad_key_is_told_in_the_cfg_and_a_bad_tensor_in_the_weights() {
+    let folder = Folder::new("blame");
+    let weights = || {
+        let shapes = [("W_enc", &[2, 6, 20][..]), ("W_dec", &[20, 2, 6]), ("b_enc", &[20]), ("b_dec", &[2, 6])];
+        shapes.map(|(name, shape)| (name, tensor(shape)))
+    };
+    let topk = r#""batch_topk_threshold": 1, "code_normalization": "NONE""#;
+    for (keys, file, words) in [
+        (r#""d_in": "6", "dict_size": 20"#.to_owned(), "config.json", "cfg key \"d_in\" needs an integer"),
+        (r#""d_in": 6, "dict_size": 0"#.into(), "config.json", "cfg key \"dict_size\" needs an integer"),
+        (
+            format!(r#""d_in": 6, "dict_size": 20, {topk}, "decoder_norm_scales": [1]"#),
+            "config.json",
+            "cfg key \"decoder_norm_scales\" needs a list",
+        ),
+        (r#""d_in": 6, "dict_size": 21"#.into(), "model.safetensors", "W_enc has shape [2, 6, 20]"),
+    ] {
+        save(&folder, &format!(r#"{{"enc_dtype": "fp32", {keys}}}"#), &weights());
+        let said = CrossCoder::load(&folder.0).unwrap_err().to_string();
+        assert!(said.starts_with(&format!("{}: {words}", folder.0.join(file).display())), "{said}");
+    }
+}
+
+#[test]
 fn names_of_no_layout_and_a_missing_cfg_are_errors() {
     let folder = Folder::new("none");
     refused(&folder, "{}", &[("weight", tensor(&[2, 2]))], &["\"weight\"", "W_enc, W_dec, b_enc, b_dec"]);
@@ -528,6 +552,7 @@ fn a_threshold_is_checked_when_the_crosscoder_is_made() {
 #[cfg(feature = "cli")]
 mod convert {
     use super::*;
+    use crosscoder::pt::{Save, Writer};
     use std::process::Command;
 
     fn convert(args: &[&std::ffi::OsStr]) -> (bool, String) {
@@ -558,6 +583,44 @@ mod convert {
             let (ok, stderr) = convert(&[fixtures().join(case).as_ref(), out.as_ref()]);
             assert!(!ok && words.iter().all(|word| stderr.contains(word)) && !out.exists(), "{case}: {stderr}");
         }
+    }
+
+    #[test]
+    fn what_is_left_out_is_named() {
+        let folder = Folder::new("left-out");
+        let files = checkpoint::numbered(&folder.0, 0);
+        let (cfg, weights) = checkpoint::read(&checkpoint::find(&fixtures().join("original")).unwrap()).unwrap();
+        std::fs::write(&files.cfg, cfg.to_json()).unwrap();
+        let tensors = crosscoder::autodiff::PARAMETER_NAMES.into_iter().zip(weights.each());
+        let mut entries: Vec<_> = tensors.map(|(name, tensor)| (name.into(), Save::Tensor(tensor))).collect();
+        entries.extend([("epoch".into(), Save::Int(7)), ("é\u{1b}[31m\nfake: ok".into(), Save::Int(1))]);
+        std::fs::write(&files.weights, Writer::new(Vec::new(), "0").unwrap().save(&Save::Dict(entries)).unwrap())
+            .unwrap();
+        let said = "plain values left out: epoch, é\\u{1b}[31m\\nfake: ok\n";
+        let out = folder.0.join("out.pt");
+        assert_eq!(convert(&[files.weights.as_ref(), out.as_ref()]), (true, said.to_owned()));
+        let values = |weights: &Parameters<Tensor>| weights.each().map(Tensor::to_f64_vec);
+        assert_eq!(values(&CrossCoder::load(&out).unwrap().to_tensors().unwrap()), values(&weights));
+
+        let metadata = [("format".to_owned(), "pt".to_owned()), ("note\r".to_owned(), "x".to_owned())];
+        let weight = tensor(&[2, 2]);
+        let bytes = safetensors::write(Vec::new(), &[("weight", &weight as &dyn TensorSource)], &metadata).unwrap();
+        let [with, kept] = ["with.safetensors", "kept.safetensors"].map(|name| folder.0.join(name));
+        std::fs::write(&with, &bytes).unwrap();
+        assert_eq!(convert(&[with.as_ref(), kept.as_ref()]), (true, String::new()));
+        assert_eq!(std::fs::read(&kept).unwrap(), bytes, "metadata is kept where the format has it");
+        let (ok, said) = convert(&[with.as_ref(), folder.0.join("none.pt").as_ref()]);
+        assert_eq!((ok, said.as_str()), (true, "metadata left out: format, note\\r\n"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn names_need_not_be_utf_8() {
+        use std::os::unix::ffi::OsStrExt;
+        let folder = Folder::new("bytes");
+        let out = folder.0.join(std::ffi::OsStr::from_bytes(b"\xff.x.pt"));
+        let (ok, stderr) = convert(&[fixtures().join("original").as_ref(), out.as_ref()]);
+        assert!(ok && CrossCoder::load(&out).is_ok(), "{stderr}");
     }
 
     #[test]

@@ -144,6 +144,20 @@ fn a_key_that_is_set_again_keeps_its_place() {
     assert_eq!(entries(&ones), pairs(&[("1", 3), ("1", 4)]));
     let tuples = cat(&[b"}(K\x01K\x02\x86K\x01(K\x01K\x02tK\x02", b"K\x01\x85K\x03u"]);
     assert_eq!(entries(&tuples), pairs(&[("(1, 2)", 2), ("(1,)", 3)]));
+    // nan equals only itself, the one object; floats equal integers as long as these have 64 bits.
+    let nan = [&b"G"[..], &f64::NAN.to_be_bytes()].concat();
+    let nans = cat(&[b"}(", &nan, b"K\x01", &nan, b"q\x07K\x02h\x07K\x03h\x07\x85K\x04h\x07\x85K\x05u"]);
+    assert_eq!(entries(&nans), pairs(&[("NaN", 1), ("NaN", 3), ("(NaN,)", 5)]));
+    let float = |f: f64| [&b"G"[..], &f.to_be_bytes()].concat();
+    for n in [i64::MIN, -(1 << 60), 9_100_000_000_000_000_000, i64::MAX - 1023] {
+        let same = cat(&[b"}(", &float(n as f64), b"K\x01", &int(n), b"K\x02u"]);
+        assert_eq!(entries(&same).len(), 1, "{n}");
+    }
+    assert_eq!(entries(&cat(&[b"}(", &float(f64::INFINITY), b"K\x01", &float(f64::NEG_INFINITY), b"K\x02u"])).len(), 2);
+    for key in [&b"(K\x01\x91"[..], &call("builtins.complex", b"G\0\0\0\0\0\0\0\0G\0\0\0\0\0\0\0\0\x86")] {
+        bad("equal to other types, or in another order", &cat(&[b"}(", key, b"NNNu"]), &["lies in a key of a dict"]);
+    }
+    bad("a large float", &cat(&[b"}(", &float(1e19), b"NNNu"]), &["the float 1e19 is or lies in a key"]);
     for key in [&b"]"[..], b"}", b"\x8f", &w(), &storage("FloatStorage", "0", 4)] {
         bad("key", &cat(&[b"}", key, b"K\x01s"]), &["cannot be a key"]);
         bad("element", &cat(&[b"\x8f(", key, b"\x90"]), &["cannot be a key"]);
@@ -936,7 +950,7 @@ fn work_far_beyond_the_file_is_refused() {
     let data = record("a/data/0", &vec![0; BYTES]);
     assert_eq!(checksums(data.clone()).unwrap().len(), 80);
     let refused = checksums(data.deflated()).unwrap_err();
-    assert!(refused.to_string().contains("bytes were read for the tensors so far"), "{refused}");
+    assert!(refused.to_string().contains("and all records together have"), "{refused}");
     std::fs::remove_file(path).unwrap();
 }
 
@@ -963,7 +977,7 @@ fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
     };
     // What is missing is only looked for after all of these have been read.
     assert!(read(20).contains("W_dec is there as []"), "{}", read(20));
-    assert!(read(1000).contains("bytes were read for the tensors so far"), "{}", read(1000));
+    assert!(read(1000).contains("and all records together have"), "{}", read(1000));
     // Nor by `convert`, which keeps tensors of any name.
     #[cfg(feature = "cli")]
     {
@@ -974,13 +988,52 @@ fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
             (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
         };
         let (code, said) = convert();
-        assert!(code == Some(1) && said.contains("bytes were read for the tensors so far"), "{code:?} {said}");
+        assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
         assert!(!out.exists());
         std::fs::write(&path, file(20)).unwrap();
         assert_eq!(convert(), (Some(0), String::new()));
         std::fs::remove_file(out).unwrap();
     }
     std::fs::remove_file(path).unwrap();
+}
+
+/// Each view is within the limit of one; all of them are not.
+#[test]
+fn views_are_not_expanded_far_beyond_the_file() {
+    let view = rebuild(&storage("FloatStorage", "0", 4), 0, &[16 << 20], &[0]);
+    let file = |views: usize| {
+        let views: Vec<Vec<u8>> = (0..views).map(|i| cat(&[&s(&format!("{i}")), &view])).collect();
+        pt(&root(&cat(&[b"}(", &views.concat(), b"u"])))
+    };
+    let folder = std::env::temp_dir().join(format!("crosscoder-views-{}", std::process::id()));
+    let path = folder.join("version_0/resume.pt");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(&path, file(12)).unwrap();
+    let mut open = TensorFile::open(&path).unwrap();
+    let refused = (0..12).find_map(|i| open.read_of_all(i).err().map(|e| (i, e.to_string())));
+    let (at, said) = refused.unwrap();
+    assert!(
+        at == 4 && said.contains("resume.pt: 4: ") && said.contains("and all records together have"),
+        "{at} {said}"
+    );
+    assert!(open.read(11).is_ok(), "whoever reads one tensor gets it");
+    let said = crosscoder::run::Run::resume(&folder).unwrap_err().to_string();
+    assert!(said.contains("and all records together have"), "{said}");
+    #[cfg(feature = "cli")]
+    {
+        let out = folder.join("out.safetensors");
+        let convert = || {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+            let output = command.arg("convert").args([&path, &out]).output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let (code, said) = convert();
+        assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
+        assert!(!out.exists());
+        std::fs::write(&path, file(2)).unwrap();
+        assert_eq!(convert(), (Some(0), String::new()));
+    }
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]

@@ -63,8 +63,9 @@ fn unusual_archives_are_read() {
         all.push(record("a/data/", b""));
         all.push(record("a/.data/serialization_id", b"123"));
         all.push(record("other/notes.txt", b"hello"));
-        all.push(record("a/Data.pkl", b"not it: another case"));
-        all.push(record("a/data.pkl.bak", b"nor this"));
+        all.push(record("a/data.pkl.bak", b"not it"));
+        all.push(record("A/Ähnlich", b"1"));
+        all.push(record("a/ähnlich", b"only ASCII letters are folded"));
         zip(&all, |_| {})
     });
     accepted("fewest records", &{
@@ -332,6 +333,13 @@ fn names_are_plain_and_unique() {
         (b"a/\xc0\x80", "UTF-8"),
         (b"a/data/0", "duplicate"),
         (b"a/data.pkl", "duplicate"),
+        (b"a/DATA/0", "are one name"),
+        (b"A/data/0", "are one name"),
+        (b"a/Data.pkl", "are one name"),
+        (b"a/ByteOrder", "are one name"),
+        (b"a/VERSION", "are one name"),
+        (b"a/Constants.PKL", "spelled \"a/Constants.PKL\""),
+        (b"b/Data.pkl", "two pickles"),
         (b"b/data.pkl", "two pickles"),
         (b"data.pkl", "two pickles"),
         (b"a/b/data.pkl", "two pickles"),
@@ -342,7 +350,19 @@ fn names_are_plain_and_unique() {
         refused(&String::from_utf8_lossy(name), &zip(&all, |_| {}), &[word]);
     }
     refused("no pickle", &zip(&good()[1..], |_| {}), &["data.pkl"]);
+    // PyTorch reads these as what they are named but for the case.
     refused("another case", &all_as(|r| r.both(|h| h.name = h.name.to_ascii_uppercase())), &["data.pkl"]);
+    for (index, name, data) in [
+        (0, "a/Data.pkl", &dict(&w())[..]),
+        (1, "a/BYTEORDER", b"big"),
+        (1, "A/byteorder", b"big"),
+        (2, "a/DATA/0", &floats()),
+        (3, "a/Version", b"3\n"),
+    ] {
+        let mut all = good();
+        all[index] = record(name, data);
+        refused(name, &zip(&all, |_| {}), &[&format!("spelled {name:?}, in another case")]);
+    }
     refused("npz", &zip(&[record("arr_0.npy", b"x")], |_| {}), &["npz"]);
 }
 

@@ -264,11 +264,11 @@ impl Activations {
         let digits = |n: usize, base: usize| (n.checked_div(base).unwrap_or(0), n.checked_rem(base).unwrap_or(0));
         let (row, col) = digits(index, self.width());
         let (model, element) = digits(col, self.d_in);
-        let mut value = Vec::new();
-        let size = self.dtype.size_bytes();
-        append_f32(self.dtype, bytes.chunks_exact(size).nth(index).unwrap_or_default(), &mut value);
-        let (model, value) = (model_name(model, self.n_models), value.first().copied().unwrap_or(f32::NAN));
-        let what = format!("model {model}, element {element}: {value} is not finite");
+        let mut value = Values::with_capacity(self.dtype, 1);
+        value.push_le_bytes(bytes.chunks_exact(self.dtype.size_bytes()).nth(index).unwrap_or_default());
+        let (model, value) = (model_name(model, self.n_models), value.to_f64().first().copied().unwrap_or(f64::NAN));
+        let not = if value.is_finite() { "finite in float32, in which rows are computed with" } else { "finite" };
+        let what = format!("model {model}, element {element}: {value:?} is not {not}");
         let row = at.saturating_add(row);
         Err(Error::new(ErrorKind::NonFinite, what).at(self.place(row)))
     }
@@ -348,7 +348,7 @@ pub(crate) fn append_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
     }
 }
 
-/// The first element whose exponent is all ones: inf or nan.
+/// The first element that is inf or nan, its exponent all ones, or becomes inf as float32.
 fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     // The high bytes of an element hold its sign and exponent.
     let high = |size: usize, mask: u16| {
@@ -359,7 +359,7 @@ fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     match dtype {
         Dtype::F16 => high(2, 0x7c00),
         Dtype::BF16 => high(2, 0x7f80),
-        Dtype::F64 => high(8, 0x7ff0),
+        Dtype::F64 => bytes.as_chunks().0.iter().position(|&e| !(f64::from_le_bytes(e) as f32).is_finite()),
         _ => high(4, 0x7f80),
     }
 }

@@ -4,7 +4,7 @@ use super::args;
 use crosscoder::atomic;
 use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::dtype::Dtype;
-use crosscoder::error::{Error, Result};
+use crosscoder::error::{Error, Result, printable};
 use crosscoder::files::TensorFile;
 use crosscoder::layouts::recognise;
 use crosscoder::normalisation;
@@ -25,8 +25,9 @@ cfg beside it, a folder with both, hf://OWNER/REPO[@REVISION][/PATH]) or any .pt
 A checkpoint becomes one of the original's layout: W_enc with the original's strides in a .pt, the cfg beside OUT as
 NAME_cfg.json, its enc_dtype that of the weights. Layouts that are read: the original's; the dictionary_learning fork's
 (CrossCoder, BatchTopKCrossCoder), its activation normalisation folded into the weights; Neel Nanda's; one tensor for each
-model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg, which the Python original ignores. Of other files the tensors are kept by their names; plain values beside
-tensors are named on stderr and left out of a .safetensors, which cannot hold them.
+model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg, which the Python original ignores. Of other files the tensors
+are kept by their names, and the metadata of a .safetensors in another. Whatever else a file holds beside tensors (plain values in
+a .pt, metadata) is left out, and named on stderr.
 
   --dtype D  casts float tensors, rounding to nearest even
   --fold     folds the factors that activations were multiplied with in training (cfg key normalisation_factor) into the
@@ -71,8 +72,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 }
 
 fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool, force: bool) -> Result<()> {
-    let stem = to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let out = Files { weights: to.to_owned(), cfg: to.with_file_name(format!("{stem}_cfg.json")) };
+    let [cfg, ..] = checkpoint::cfg_names(to);
+    let out = Files { weights: to.to_owned(), cfg: to.with_file_name(cfg) };
     args::may_write(&out.weights, force)?;
     args::may_write(&out.cfg, force)?;
     let (mut cfg, mut weights) = checkpoint::read(files)?;
@@ -85,22 +86,15 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool
     };
     cfg.set("enc_dtype", dtype.enc_name().unwrap_or_default());
     let tensors = checkpoint::cast(weights, dtype)?;
+    tell_left_out(&TensorFile::open(&files.weights)?, false)?;
     checkpoint::write(&out, &cfg, tensors.each().map(|tensor| tensor as &dyn TensorSource))
 }
 
 fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
     args::may_write(to, force)?;
     let mut file = TensorFile::open(from)?;
-    if let Some(pt) = file.as_pt() {
-        let mut left_out = Vec::new();
-        pt.plain_values(|path, _| {
-            left_out.push(pt::dotted(path));
-            Ok(())
-        })?;
-        if !left_out.is_empty() {
-            let _ = writeln!(std::io::stderr(), "plain values left out: {}", left_out.join(", "));
-        }
-    }
+    tell_left_out(&file, is_safetensors(to))?;
+    let metadata = file.metadata().to_vec();
     let entries = file.tensors().to_vec();
     let (mut tensors, mut names) = (Vec::<(String, Tensor)>::new(), HashSet::new());
     for (index, entry) in entries.into_iter().enumerate() {
@@ -108,8 +102,7 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         if !names.insert(name.clone()) {
             return Err(Error::unsupported(format!("two tensors have the name {name:?}")).in_file(from));
         }
-        file.check_work()?;
-        let tensor = file.read(index)?;
+        let tensor = file.read_of_all(index)?;
         let is_float = matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
         let tensor = match dtype {
             Some(dtype) if is_float => checkpoint::cast_tensor(tensor, dtype)?,
@@ -121,10 +114,29 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         if is_safetensors(to) {
             let named: Vec<(&str, &dyn TensorSource)> =
                 tensors.iter().map(|(name, tensor)| (name.as_str(), tensor as &dyn TensorSource)).collect();
-            return safetensors::write(out, &named, &[]).map(drop);
+            return safetensors::write(out, &named, &metadata).map(drop);
         }
         let entries = tensors.iter().map(|(name, tensor)| (name.as_str().into(), Save::Tensor(tensor))).collect();
         let folder = pt::Writer::<Vec<u8>>::folder_for(to);
         pt::Writer::new(out, &folder)?.save(&Save::Dict(entries)).map(drop)
     })
+}
+
+/// Names on stderr what a file holds beside tensors and the file to be written does not.
+fn tell_left_out(file: &TensorFile, keeps_metadata: bool) -> Result<()> {
+    let mut values = Vec::new();
+    if let Some(pt) = file.as_pt() {
+        pt.plain_values(|path, _| {
+            values.push(printable(&pt::dotted(path)));
+            Ok(())
+        })?;
+    }
+    let metadata = if keeps_metadata { &[] } else { file.metadata() };
+    let metadata: Vec<String> = metadata.iter().map(|(key, _)| printable(key)).collect();
+    for (what, names) in [("plain values", values), ("metadata", metadata)] {
+        if !names.is_empty() {
+            let _ = writeln!(std::io::stderr(), "{what} left out: {}", names.join(", "));
+        }
+    }
+    Ok(())
 }

@@ -9,7 +9,6 @@ use crosscoder::dtype::Dtype;
 use crosscoder::error::Result;
 use crosscoder::tensor::Tensor;
 use std::io::Write;
-use std::path::PathBuf;
 
 /// What verbs without a cfg of their own compute on unless `--device` is given. A checkpoint's cfg does not count: its `device`
 /// says where it was trained.
@@ -29,7 +28,7 @@ pub(crate) fn pick(device: &str, dtype: Dtype) -> Result<Picked> {
 pub(crate) struct Checkpoint {
     cfg: Config,
     weights: Parameters<Tensor>,
-    file: PathBuf,
+    files: Files,
 }
 
 impl Checkpoint {
@@ -37,12 +36,12 @@ impl Checkpoint {
     pub(crate) fn read(files: &Files, device: &str) -> Result<(Self, Picked)> {
         let (cfg, weights) = checkpoint::read(files)?;
         let picked = pick(device, cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?)?;
-        Ok((Checkpoint { cfg, weights, file: files.weights.clone() }, picked))
+        Ok((Checkpoint { cfg, weights, files: files.clone() }, picked))
     }
 
     /// The crosscoder on this backend.
     pub(crate) fn on<B: Backend>(self, backend: B) -> Result<CrossCoder<B>> {
-        CrossCoder::from_tensors(backend, self.cfg, self.weights).map_err(|e| e.in_file(&self.file))
+        CrossCoder::from_tensors(backend, self.cfg, self.weights).map_err(|e| self.files.blame(e))
     }
 }
 

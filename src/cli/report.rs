@@ -144,8 +144,7 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
         None if beside.is_file() => &beside,
         None => return Ok(None),
     };
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).in_file(path))?;
-    TrainingLog::from_jsonl(&text).map(Some).map_err(|e| e.in_file(path))
+    TrainingLog::read(path).map(Some)
 }
 
 fn stats<B: Backend>(

@@ -257,10 +257,8 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
         .with_source(weights.file_name().unwrap_or_default().to_string_lossy())
         .with_activations(stats, format!("{rows} rows"));
     let log = weights.with_file_name("metrics.jsonl");
-    match std::fs::read_to_string(&log) {
-        Ok(text) => report = report.with_training(TrainingLog::from_jsonl(&text).map_err(|e| e.in_file(&log))?),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io("cannot read", e).in_file(&log)),
+    if log.exists() {
+        report = report.with_training(TrainingLog::read(&log)?);
     }
     let html = report.to_html();
     atomic::write(&page, |out| out.write_all(html.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;

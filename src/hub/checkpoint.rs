@@ -84,7 +84,8 @@ impl Hub {
             None => ("", address.path.as_str()),
         };
         let pairs: Vec<[String; 2]> = if is_weights {
-            cfg_names(name).map(|cfg| [name.to_owned(), cfg]).to_vec()
+            let cfgs = cfg_names(name.as_ref());
+            cfgs.map(|cfg| [name.to_owned(), cfg.to_string_lossy().into_owned()]).to_vec()
         } else {
             FOLDER_NAMES.map(|pair| pair.map(str::to_owned)).to_vec()
         };

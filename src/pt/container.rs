@@ -2,7 +2,8 @@
 //!
 //! Readers of zip files disagree on files that contradict themselves (two records of one name, a local header that
 //! differs from the directory, records that overlap), so a file can be one thing to the one who checks it and another to
-//! the one who loads it. Here the directory rules, and whatever contradicts it is refused. Stored records are read from
+//! the one who loads it. Here the directory rules, and whatever contradicts it is refused. PyTorch finds records by name
+//! without regard to the case of ASCII letters: names that only so differ are refused, too. Stored records are read from
 //! their place in the file; deflated ones are decoded by the `zip` crate, one record at a time. Every byte that is handed
 //! out has passed the record's checksum in the end, or the call fails.
 
@@ -62,6 +63,7 @@ pub(crate) struct Container<R> {
     pub(crate) records: Vec<Record>,
     /// The bytes of all records, unpacked.
     pub(crate) held: u64,
+    /// By names in lower case.
     by_name: HashMap<String, usize>,
     buffer: Vec<u8>,
     /// Bytes that were read or unpacked so far: what a hostile file made its reader do.
@@ -95,8 +97,13 @@ impl<R: Read + Seek> Container<R> {
         let mut records = read_directory(&mut reader, &end)?;
         let mut by_name = HashMap::with_capacity(records.len());
         for (index, record) in records.iter().enumerate() {
-            if by_name.insert(record.name.clone(), index).is_some() {
-                return Err(Error::format(format!("duplicate record: the name {:?} is there twice", record.name)));
+            let name = &record.name;
+            let before = by_name.insert(name.to_ascii_lowercase(), index).and_then(|i| records.get(i));
+            if let Some(before) = before {
+                return Err(Error::format(match before.name == *name {
+                    true => format!("duplicate record: the name {name:?} is there twice"),
+                    false => format!("duplicate record: to PyTorch, {name:?} and {:?} are one name", before.name),
+                }));
             }
         }
         check_places(&mut reader, &mut records, end.directory.start)?;
@@ -104,9 +111,13 @@ impl<R: Read + Seek> Container<R> {
         Ok(Container { reader, records, held, by_name, buffer: Vec::new(), work: 0 })
     }
 
-    /// The record of this name.
-    pub(crate) fn find(&self, name: &str) -> Option<usize> {
-        self.by_name.get(name).copied()
+    /// The record of this name, if there is one. One that has it in another case is what PyTorch would find.
+    pub(crate) fn find(&self, name: &str) -> Result<Option<usize>> {
+        let Some(&index) = self.by_name.get(&name.to_ascii_lowercase()) else { return Ok(None) };
+        match self.records.get(index) {
+            Some(record) if record.name != name => Err(spelled(name, &record.name)),
+            _ => Ok(Some(index)),
+        }
     }
 
     /// The record itself, if its local header agrees with the directory.
@@ -213,6 +224,11 @@ impl<R: Read + Seek> Container<R> {
         })?;
         Ok(bytes)
     }
+}
+
+/// A record that PyTorch takes for `needed`, and is named otherwise.
+pub(crate) fn spelled(needed: &str, found: &str) -> Error {
+    Error::format(format!("the record {needed:?} is spelled {found:?}, in another case"))
 }
 
 fn not_zip(what: &str) -> Error {

@@ -31,8 +31,9 @@ pub use write::{Save, TensorSource, Writer, write_state_dict};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::raw::open_file;
 use crate::tensor::{Positions, Tensor, Values, is_dense, row_major_strides};
-use container::Container;
+use container::{Container, spelled};
 use crc32fast::Hasher as Crc32;
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -75,16 +76,6 @@ pub fn open(path: impl AsRef<Path>) -> Result<PtFile<File>> {
     PtFile::new(file).map_err(|e| e.in_file(path))
 }
 
-/// Opens a file, which must not be a folder.
-pub(crate) fn open_file(path: &Path) -> Result<File> {
-    let file = File::open(path).map_err(|e| Error::io("cannot open", e).in_file(path))?;
-    match file.metadata() {
-        Ok(metadata) if metadata.is_dir() => Err(Error::format("a folder, not a file").in_file(path)),
-        Ok(_) => Ok(file),
-        Err(e) => Err(Error::io("cannot look at it", e).in_file(path)),
-    }
-}
-
 impl<R: Read + Seek> PtFile<R> {
     /// Reads the directory and the pickle, not the tensors.
     ///
@@ -97,12 +88,14 @@ impl<R: Read + Seek> PtFile<R> {
         let record = container.record(pickle)?;
         let (name, size) = (record.name.clone(), record.size);
         let folder = name.strip_suffix("data.pkl").unwrap_or_default().to_string();
-        if container.find(&format!("{folder}constants.pkl")).is_some() {
+        // Not read, and yet PyTorch would read it whatever its case.
+        container.find(&format!("{folder}version"))?;
+        if container.find(&format!("{folder}constants.pkl"))?.is_some() {
             return Err(Error::unsupported(
                 "a TorchScript archive (it has constants.pkl); save the module's state_dict() with torch.save",
             ));
         }
-        if let Some(index) = container.find(&format!("{folder}byteorder")) {
+        if let Some(index) = container.find(&format!("{folder}byteorder"))? {
             let order = container.read_all(index, 64)?;
             if order != b"little" {
                 let order = String::from_utf8_lossy(&order).into_owned();
@@ -118,7 +111,7 @@ impl<R: Read + Seek> PtFile<R> {
         let find = |key: &str| {
             let name = format!("{folder}data/{key}");
             let missing = || Error::format(format!("storage {key:?} is missing: there is no record {name:?}"));
-            let index = container.find(&name).filter(|_| !key.ends_with('/')).ok_or_else(missing)?;
+            let index = container.find(&name)?.filter(|_| !key.ends_with('/')).ok_or_else(missing)?;
             Ok((index, container.record(index)?.size))
         };
         let (nodes, root) = pickle::parse(&bytes, &find).map_err(|e| e.at(&name))?;
@@ -178,6 +171,7 @@ impl<R: Read + Seek> PtFile<R> {
             return Tensor::with_strides(tensor.shape.clone(), tensor.strides.clone(), values);
         }
         let block = self.read_block(tensor, tensor.offset, tensor.span(), tensor.dtype)?;
+        self.container.work = self.container.work.saturating_add(tensor.bytes());
         let values = block.gather(Positions::new(&tensor.shape, &tensor.strides));
         Tensor::new(tensor.shape.clone(), values)
     }
@@ -228,18 +222,18 @@ impl<R: Read + Seek> PtFile<R> {
         }
     }
 
-    /// Refuses to go on when what was read, unpacked and gathered so far is far more than the file holds: a small file can
-    /// name a million views of one deflated record.
+    /// Refuses to read a tensor when what was read, unpacked and gathered so far, and what the tensor takes, is far more than
+    /// the file holds: a small file can name a million views of one deflated record, and expand each.
     ///
     /// # Errors
     /// More than four times all records and 256 MiB.
-    pub(crate) fn check_work(&self) -> Result<()> {
-        let held = self.container.held;
+    pub(crate) fn check_work(&self, tensor: &TensorRef) -> Result<()> {
+        let (held, work) = (self.container.held, self.container.work.saturating_add(tensor.bytes()));
         let limit = held.saturating_mul(4).saturating_add(256 << 20);
-        match self.container.work > limit {
+        match work > limit {
             true => Err(Error::format(format!(
-                "{} bytes were read for the tensors so far, and all records together have {held}: a limit of {limit} is passed",
-                self.container.work
+                "{work} bytes are read and made for the tensors up to this one, and all records together have {held}: the limit is \
+                 {limit}"
             ))),
             false => Ok(()),
         }
@@ -309,12 +303,16 @@ pub(crate) fn is_row_major(shape: &[usize], strides: &[usize]) -> bool {
 
 /// The one record that is named `data.pkl`, in whatever folder.
 fn find_pickle<R>(container: &Container<R>) -> Result<usize> {
-    let names = || container.records.iter().map(|r| r.name.as_str());
-    let mut pickles = names().enumerate().filter(|(_, name)| *name == "data.pkl" || name.ends_with("/data.pkl"));
+    const NAME: &str = "data.pkl";
+    let names = || container.records.iter().map(|r| (r.name.as_str(), r.name.rsplit('/').next().unwrap_or_default()));
+    let mut pickles = names().enumerate().filter(|(_, (_, last))| last.eq_ignore_ascii_case(NAME));
     match (pickles.next(), pickles.next()) {
+        (Some((_, (name, last))), None) if last != NAME => Err(spelled(NAME, name)),
         (Some((index, _)), None) => Ok(index),
-        (Some((_, first)), Some((_, second))) => Err(Error::format(format!("two pickles: {first:?} and {second:?}"))),
-        (None, _) if names().any(|n| n.ends_with(".npy")) => {
+        (Some((_, (first, _))), Some((_, (second, _)))) => {
+            Err(Error::format(format!("two pickles: {first:?} and {second:?}")))
+        }
+        (None, _) if names().any(|(name, _)| name.ends_with(".npy")) => {
             Err(Error::unsupported("not a .pt file of torch.save but numpy's .npz: a zip archive of .npy files"))
         }
         (None, _) => Err(Error::unsupported("a zip archive without a record data.pkl: not a .pt file of torch.save")),

@@ -23,6 +23,8 @@ const MAX_DIMS: usize = 64;
 /// A view whose elements take more than this, and more than `EXPANSION` times its storage, is refused.
 const EXPANDED_BYTES: u64 = 64 << 20;
 const EXPANSION: u64 = 16;
+/// Floats from here on are integers beyond 64 bits.
+const TWO_63: f64 = 9_223_372_036_854_775_808.0;
 /// Tuples as keys of dicts may nest this deep.
 const MAX_KEY_DEPTH: usize = 32;
 
@@ -46,6 +48,11 @@ pub struct TensorRef {
 }
 
 impl TensorRef {
+    /// The bytes of its elements.
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.elements as u64).saturating_mul(self.dtype.size_bytes() as u64)
+    }
+
     /// One more than the last position that the view reads, counted from its first; 0 if it has no elements.
     pub(crate) fn span(&self) -> usize {
         if self.elements == 0 {
@@ -1000,12 +1007,23 @@ impl Keys {
             // True == 1 == 1.0 are one key.
             Node::Bool(b) => text(b'i', &i64::from(*b).to_le_bytes()),
             Node::Int(n) => text(b'i', &n.to_le_bytes()),
-            Node::Float(f) if f.fract() == 0.0 && f.abs() < 9e18 => text(b'i', &(*f as i64).to_le_bytes()),
+            Node::Float(f) if f.fract() == 0.0 && (-TWO_63..TWO_63).contains(f) => {
+                text(b'i', &(*f as i64).to_le_bytes())
+            }
+            // It may equal an integer beyond 64 bits.
+            Node::Float(f) if f.abs() >= TWO_63 && f.is_finite() => {
+                return Err(Error::unsupported(format!(
+                    "the float {f:e} is or lies in a key of a dict; the limit is 2^63"
+                )));
+            }
+            // nan equals only itself: the one object.
+            Node::Float(f) if f.is_nan() => text(b'n', &id.to_le_bytes()),
             Node::Float(f) => text(b'f', &f.to_le_bytes()),
             Node::Big(bytes) => text(b'I', bytes),
             Node::Str(s) => text(b's', s.as_bytes()),
             Node::Bytes(bytes) => text(b'b', bytes),
-            Node::Opaque(what) => text(b'o', what.as_bytes()),
+            // A complex number may equal any other; a bytearray is no key.
+            Node::Opaque(what) if what.starts_with("torch.device") => text(b'o', what.as_bytes()),
             Node::Global(global) => text(b'g', global.name().as_bytes()),
             Node::Tuple(items) if depth < MAX_KEY_DEPTH => {
                 let mut canonical = vec![b't'];
@@ -1014,7 +1032,7 @@ impl Keys {
                 }
                 canonical
             }
-            Node::Set(_, true) => text(b'S', &id.to_le_bytes()),
+            // Also frozen sets, which are equal where their elements are, in whatever order.
             _ => return Err(Error::format(format!("{} is or lies in a key of a dict", nodes.kind(id)))),
         };
         let next = u32::try_from(self.numbers.len()).unwrap_or(u32::MAX);

@@ -1,7 +1,12 @@
 //! The log of a training run: `metrics.jsonl`, one JSON object per logged step.
 
 use crate::error::{Error, Result};
+use crate::files::read_beside;
 use serde_json::{Map, Value};
+use std::path::Path;
+
+/// A log longer than this is refused: room for 4,000,000 logged steps.
+const LOG_BYTES: u64 = 1 << 30;
 
 /// Curves over the steps of a run, by the names that the original logs.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -13,6 +18,16 @@ pub struct TrainingLog {
 }
 
 impl TrainingLog {
+    /// Reads the `metrics.jsonl` at `path`, see [`Self::from_jsonl`].
+    ///
+    /// # Errors
+    /// As there; a file that cannot be read, is not regular, has more than 1 GiB, or is not UTF-8.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text =
+            String::from_utf8(read_beside(path, LOG_BYTES)?).map_err(|e| Error::format("not UTF-8").with_source(e));
+        text.and_then(|text| Self::from_jsonl(&text)).map_err(|e| e.in_file(path))
+    }
+
     /// Reads `metrics.jsonl`: objects with the key `step` and any numbers. A step that does not lie above the ones
     /// before it replaces them (a run that was resumed from an older checkpoint). A last line without a newline that is
     /// no JSON is left out (a run that was cut off).

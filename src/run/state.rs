@@ -163,7 +163,7 @@ impl State {
         let mut file = TensorFile::open(path)?;
         let mut tensors = BTreeMap::new();
         for (index, entry) in file.tensors().to_vec().into_iter().enumerate() {
-            tensors.insert(entry.name, file.read(index)?);
+            tensors.insert(entry.name, file.read_of_all(index)?);
         }
         Self::from_tensors(tensors).map_err(|e| e.in_file(path))
     }
