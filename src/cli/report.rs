@@ -11,7 +11,7 @@ use crosscoder::backend::Backend;
 use crosscoder::checkpoint::Files;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
-use crosscoder::report::{Report, TrainingLog};
+use crosscoder::report::{MAX_NAMES, Report, TrainingLog};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -45,7 +45,8 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
                   the mean of their batch, and so depend on it
   --device D      cpu, cuda or cuda:N: the GPU, if there is one [cpu]
   --raw           takes the rows as they are
-  --metrics F     the training log [metrics.jsonl beside the weights, if it is there]
+  --metrics F     the training log [metrics.jsonl beside the weights, if it is there]; of names other than the original's the
+                  first 64 are taken
 ";
 
 /// What is asked for, as it stands on the command line.
@@ -145,7 +146,11 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
         None => return Ok(None),
     };
     let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).in_file(path))?;
-    TrainingLog::from_jsonl(&text).map(Some).map_err(|e| e.in_file(path))
+    let log = TrainingLog::from_jsonl(&text).map_err(|e| e.in_file(path))?;
+    if log.left_out > 0 {
+        let _ = writeln!(std::io::stderr(), "{}: {} names beyond {MAX_NAMES} left out", path.display(), log.left_out);
+    }
+    Ok(Some(log))
 }
 
 fn stats<B: Backend>(
