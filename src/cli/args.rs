@@ -72,12 +72,17 @@ pub(crate) fn help(text: &str) -> Result<ExitCode> {
     print(text).map(|()| ExitCode::SUCCESS)
 }
 
-/// Whether `path` may be written. Nothing is overwritten unasked.
+/// Whether `path` may be written. Nothing is overwritten unasked, and nothing but files and links to files at all.
 pub(crate) fn may_write(path: &std::path::Path, force: bool) -> Result<()> {
-    if !force && path.exists() {
-        return Err(Error::usage("is there already; --force replaces it").in_file(path));
-    }
-    Ok(())
+    // Of a link itself, for one that leads nowhere is there too.
+    let what = match path.symlink_metadata() {
+        Err(_) => return Ok(()),
+        Ok(_) if path.is_file() && force => return Ok(()),
+        Ok(_) if path.is_file() => "is there already; --force replaces it",
+        Ok(there) if there.is_symlink() => "is a link to what is no file or not there; it is not replaced",
+        Ok(_) => "is there and no file; it is not replaced",
+    };
+    Err(Error::usage(what).in_file(path))
 }
 
 /// Whether printing failed because nobody reads any more.

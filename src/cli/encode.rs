@@ -48,7 +48,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     let (checkpoint, acts) = args::checkpoint_and_acts("encode", &paths)?;
     let out = out.ok_or_else(|| Error::usage("encode needs --out F"))?;
-    if out.exists() {
+    if out.symlink_metadata().is_ok() {
         return Err(Error::usage("is there already").in_file(&out));
     }
     let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;

@@ -35,7 +35,7 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
   --json F        all numbers as one JSON object; - is stdout
   --csv F         the numbers of each latent, a line each; - is stdout
   --svg DIR       each chart as an SVG file
-  --force         replaces files that are there
+  --force         replaces files that are there (of a link the file that it leads to), never anything else
   --name NAME     the name of a model; once for each, A first [the cfg's model_names]
   --low R, --high R
                   A only is a relative decoder norm of at most [0.3], B only of at least [0.7]
