@@ -48,9 +48,11 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     let (checkpoint, acts) = args::checkpoint_and_acts("encode", &paths)?;
     let out = out.ok_or_else(|| Error::usage("encode needs --out F"))?;
+    args::named_for_tensors("--out", &out)?;
     if out.symlink_metadata().is_ok() {
         return Err(Error::usage("is there already").in_file(&out));
     }
+    args::may_write(&out, false)?;
     let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;
     let acts = Activations::open(acts)?;
     let tensors = with_backend!(picked, |backend| latents(&checkpoint.on(backend)?, &acts, batch_size, raw))?;

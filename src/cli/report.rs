@@ -69,6 +69,13 @@ struct Asked {
     metrics: Option<PathBuf>,
 }
 
+impl Asked {
+    /// The files that are named on the command line.
+    fn files(&self) -> impl Iterator<Item = &Path> {
+        [&self.json, &self.csv, &self.out].into_iter().flatten().map(PathBuf::as_path).filter(|path| !is_stdout(path))
+    }
+}
+
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
     let mut asked = Asked::default();
@@ -99,15 +106,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if asked.out.is_none() && asked.json.is_none() && asked.csv.is_none() && asked.svg.is_none() {
         asked.out = Some("report.html".into());
     }
-    let files = [&asked.out, &asked.json, &asked.csv];
-    for (i, path) in files.iter().enumerate() {
-        if path.is_some() && files[..i].contains(path) {
-            return Err(Error::usage("--out, --json and --csv need different files"));
-        }
+    if [&asked.out, &asked.json, &asked.csv].into_iter().flatten().filter(|path| is_stdout(path)).count() > 1 {
+        return Err(Error::usage("one of --out, --json and --csv may be -"));
     }
-    for path in files.into_iter().flatten() {
-        args::may_write(path, asked.force || is_stdout(path))?;
+    if let Some(folder) = &asked.svg {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
     }
+    args::may_write_all(asked.files(), asked.force)?;
     let files = args::checkpoint(&asked.paths[0])?;
     let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
     let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, &asked))?;
@@ -177,30 +182,32 @@ fn stats<B: Backend>(
 fn write(report: &Report, asked: &Asked) -> Result<()> {
     let mut charts = Vec::new();
     if let Some(folder) = &asked.svg {
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
         charts.extend(report.figures().into_iter().map(|f| (folder.join(format!("{}.svg", f.name)), f)));
     }
-    // All or nothing: a file that is there is found before the first is written.
-    charts.iter().try_for_each(|(path, _)| args::may_write(path, asked.force))?;
+    args::may_write_all(asked.files().chain(charts.iter().map(|(path, _)| path.as_path())), asked.force)?;
     let texts: [(&Option<PathBuf>, &dyn Fn() -> String); 3] =
         [(&asked.json, &|| report.to_json()), (&asked.csv, &|| report.to_csv()), (&asked.out, &|| report.to_html())];
-    for (path, text) in texts {
-        match path {
-            Some(path) if is_stdout(path) => args::print(&text())?,
-            Some(path) => write_file(path, &text())?,
-            None => {}
+    // All are written before the first is put into its place.
+    let mut staged = Vec::new();
+    let mut stage = |path: &Path, text: String| -> Result<()> {
+        let file = atomic::stage(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;
+        staged.push((path.to_owned(), file));
+        Ok(())
+    };
+    let mut printed = None;
+    for (path, text) in texts.into_iter().filter_map(|(path, text)| Some((path.as_ref()?, text))) {
+        if is_stdout(path) {
+            printed = Some(text());
+        } else {
+            stage(path, text())?;
         }
     }
-    for (path, figure) in charts {
-        write_file(&path, &figure.to_svg())?;
+    charts.iter().try_for_each(|(path, figure)| stage(path, figure.to_svg()))?;
+    for (path, file) in staged {
+        file.place()?;
+        let _ = writeln!(std::io::stderr(), "wrote {}", path.display());
     }
-    Ok(())
-}
-
-fn write_file(path: &Path, text: &str) -> Result<()> {
-    atomic::write(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;
-    let _ = writeln!(std::io::stderr(), "wrote {}", path.display());
-    Ok(())
+    printed.map_or(Ok(()), |text| args::print(&text))
 }
 
 fn is_stdout(path: &Path) -> bool {
