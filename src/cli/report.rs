@@ -128,7 +128,7 @@ fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) 
         .with_source(files.weights.display().to_string())
         .with_thresholds(thresholds);
     if !asked.names.is_empty() {
-        report = report.with_names(asked.names.clone())?;
+        report = report.with_names(asked.names.clone()).map_err(|e| e.at("--name"))?;
     }
     if let Some(log) = training_log(files, asked)? {
         report = report.with_training(log);
