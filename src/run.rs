@@ -313,7 +313,7 @@ impl Run {
         }
         let number = match self.state.checkpoint {
             Some(k) if self.state.interim => k,
-            Some(k) => k + 1,
+            Some(k) => k.checked_add(1).ok_or_else(|| saving(Error::format("no number is left for a checkpoint")))?,
             None => 0,
         };
         let files = checkpoint::numbered(&self.dir, number);
