@@ -36,6 +36,14 @@ pub(crate) fn number<T: std::str::FromStr>(parser: &mut lexopt::Parser, option: 
     text.parse().map_err(|_| Error::usage(format!("--{option} needs a number, found '{text}'")))
 }
 
+/// The value of an option that is an integer of 1 or more.
+pub(crate) fn positive(parser: &mut lexopt::Parser, option: &str) -> Result<usize> {
+    match number(parser, option)? {
+        0 => Err(Error::usage(format!("--{option} needs 1 or more, found 0"))),
+        n => Ok(n),
+    }
+}
+
 /// The value of `--path`.
 pub(crate) fn path(parser: &mut lexopt::Parser) -> Result<sparse::Path> {
     match text(parser)?.as_str() {

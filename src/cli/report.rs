@@ -93,7 +93,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("high") => asked.high = Some(args::number(parser, "high")?),
             Long("top-rows") => asked.top_rows = Some(args::number(parser, "top-rows")?),
             Long("rows") => asked.rows = Some(args::number(parser, "rows")?),
-            Long("batch-size") => asked.batch_size = Some(args::number(parser, "batch-size")?),
+            Long("batch-size") => asked.batch_size = Some(args::positive(parser, "batch-size")?),
             Long("device") => asked.device = Some(args::text(parser)?),
             Long("help") | Short('h') => return args::help(HELP),
             Value(path) => asked.paths.push(path.into()),
@@ -165,11 +165,7 @@ fn stats<B: Backend>(
     asked: &Asked,
 ) -> Result<ActivationStats> {
     let factors = eval::factors(crosscoder, asked.raw)?;
-    let in_cfg = || crosscoder.cfg().size("batch_size").ok();
-    let batch_size = asked.batch_size.or_else(in_cfg).unwrap_or(4096).min(4096);
-    if batch_size == 0 {
-        return Err(Error::usage("--batch-size needs 1 or more"));
-    }
+    let batch_size = asked.batch_size.unwrap_or_else(|| eval::default_batch_size(crosscoder));
     let rows = asked.rows.unwrap_or(usize::MAX).min(acts.rows());
     let batches = Batches::new(acts, (0..rows).collect(), batch_size, &factors);
     let mut progress = Progress::new("activations", Unit::Bytes);

@@ -41,7 +41,7 @@ model, A's first; or a directory of such files. Without ACTS it trains on a smal
                      goes on where a loss or gradient is not finite, as the original does, instead of stopping
   --threads N        threads [all cores]; the result does not depend on it
   --no-report        writes no report.html beside the checkpoints at the end
-  --json             the result as one JSON object
+  --json             the result as one JSON object; a number that is not finite is null
 
 Defaults are those of the original's train.py, smaller where the set is small: batch_size at most a tenth of the rows and
 dict_size at most half of them and 8 · d_in, each a power of two; num_tokens at most 100 passes; buffer_mult such that the
@@ -80,7 +80,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("keep-going-on-nan") => asked.keep_going = true,
             Long("json") => asked.json = true,
             Long("no-report") => asked.no_report = true,
-            Long("threads") => asked.threads = Some(args::number(parser, "threads")?),
+            Long("threads") => asked.threads = Some(args::positive(parser, "threads")?),
             Long("original-refresh") => asked.keys.push(("original_refresh".to_owned(), "true".to_owned())),
             Long(key) => {
                 let key = key.replace('-', "_");
