@@ -304,7 +304,9 @@ impl Run {
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<()> {
         let step = trainer.step_counter();
-        if step == self.state.step {
+        let finished = step == trainer.schedule().total_steps;
+        // A run of no steps has its initial weights to save, as the original does.
+        if step == self.state.step && finished == self.state.finished {
             return Ok(());
         }
         let saving = |e: Error| e.at(format!("step {step}: cannot save"));
@@ -318,7 +320,6 @@ impl Run {
         };
         let files = checkpoint::numbered(&self.dir, number);
         trainer.crosscoder().save(&files).map_err(saving)?;
-        let finished = step == trainer.schedule().total_steps;
         let interim = !finished && !step.is_multiple_of(self.state.cfg.size("save_every")? as u64);
         let mut state = State {
             step,
