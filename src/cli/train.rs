@@ -94,16 +94,25 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let acts = open(&asked)?;
     let out = asked.out.clone().unwrap_or_else(|| "checkpoints".into());
     let resumed = if asked.resume { Run::resume(&out)? } else { None };
-    let run = match resumed {
+    let cfg = match &resumed {
         Some(run) => {
             check_same(&asked, run.cfg())?;
-            run
+            run.cfg().clone()
         }
-        None => Run::create(&out, cfg(&asked, &acts)?)?,
+        None => {
+            let cfg = cfg(&asked, &acts)?;
+            run::check(&cfg, &acts)?;
+            cfg
+        }
+    };
+    // `cuda:0`, as the original's cfgs say, means "if there is one".
+    let picked = device::pick(cfg.text("device")?, cfg.enc_dtype()?)?;
+    let run = match resumed {
+        Some(run) => run,
+        None => Run::create(&out, cfg)?,
     };
     let run = if asked.keep_going { run.keep_going() } else { run };
-    // `cuda:0`, as the original's cfgs say, means "if there is one".
-    match device::pick(run.cfg().text("device")?, run.cfg().enc_dtype()?)? {
+    match picked {
         Picked::Cpu(backend, _) => {
             let backend = asked.threads.map_or(backend.clone(), |n| backend.with_threads(n));
             train(run, backend, &acts, &stop, &asked)
