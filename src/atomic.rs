@@ -118,15 +118,17 @@ fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Res
     })
 }
 
-/// Writes a file beside `path` and syncs it.
+/// Writes a file beside `path` (beside what it leads to, if it is a link) and syncs it.
 ///
 /// # Errors
 /// What `content` returns; a folder that cannot be written to, a full disk. No temporary file is left then.
 pub fn stage(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Result<Staged> {
-    let temporary = temporary_for(path)?;
     let cannot = |e| Error::io("cannot write", e).in_file(path);
+    // A link stays, and what it leads to is replaced.
+    let place = if path.is_symlink() { path.canonicalize().map_err(cannot)? } else { path.to_owned() };
+    let temporary = temporary_for(&place)?;
     let file = File::create_new(&temporary).map_err(cannot)?;
-    let staged = Staged { temporary, path: path.to_owned(), placed: false };
+    let staged = Staged { temporary, path: place, placed: false };
     fill(&file, content).map_err(|e| e.in_file(path))?;
     file.sync_all().map_err(cannot)?;
     Ok(staged)
@@ -332,6 +334,27 @@ mod tests {
         let long = "é".repeat(127);
         write(&folder.join(&long), |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
         assert_eq!(names(&folder), ["a.txt", &long]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_link_stays_and_its_file_is_replaced() {
+        let folder = folder("link");
+        let new = |name: &str| write(&folder.join(name), |w| w.write_all(b"new").map_err(|e| Error::io("x", e)));
+        std::fs::create_dir(folder.join("far")).unwrap();
+        std::fs::write(folder.join("far/a"), b"old").unwrap();
+        std::os::unix::fs::symlink("far/a", folder.join("link")).unwrap();
+        std::os::unix::fs::symlink("nowhere", folder.join("dangling")).unwrap();
+        new("link").unwrap();
+        assert!(folder.join("link").is_symlink());
+        assert_eq!(std::fs::read(folder.join("far/a")).unwrap(), b"new");
+        let error = new("dangling").unwrap_err().to_string();
+        assert!(error.contains("dangling: cannot write"), "{error}");
+        assert_eq!(
+            (names(&folder), names(&folder.join("far"))),
+            (vec!["dangling".into(), "far".into(), "link".into()], vec!["a".into()])
+        );
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

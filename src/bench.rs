@@ -146,7 +146,8 @@ pub const OPS: [&str; 7] = ["init", "encode", "decode", "get_losses", "save", "l
 /// Measures everything at one case, or the one operation `only`, handing each row to `sink`.
 ///
 /// # Errors
-/// A result that its check refuses; errors of the device; no room for a checkpoint among the system's temporary files.
+/// A result that its check refuses; errors of the device; no room for a checkpoint among the system's temporary files; a case
+/// that memory cannot hold.
 pub fn run<B: Backend>(
     backend: B,
     name: &str,
@@ -158,6 +159,7 @@ pub fn run<B: Backend>(
     if d_in == 0 || l0 == 0 || batch == 0 || l0 >= dict_size {
         return Err(Error::usage(format!("{case:?}: no size may be 0, and l0 is below dict_size")));
     }
+    check_memory(case)?;
     let wanted = |op| only.is_none_or(|only| only == op);
     let float16 = backend.dtype() == Dtype::F16;
     let x: Vec<B::Scalar> = activations(case).into_iter().map(|v| B::Scalar::narrow(f64::from(v))).collect();
@@ -185,6 +187,26 @@ pub fn run<B: Backend>(
         sink(bench.step()?)?;
     }
     Ok(())
+}
+
+/// Refuses what would end in an allocation that fails: more than the system says is available, or than can be addressed.
+fn check_memory(case: Case) -> Result<()> {
+    let [d_in, h, batch] = [case.d_in, case.dict_size, case.batch].map(|n| n as f64);
+    // What is held at the least: activations, latents, and the weights three times.
+    let needed = 4.0 * (batch * (2.0 * d_in + h) + 3.0 * h * 2.0 * d_in);
+    let available = available_bytes().unwrap_or(isize::MAX as f64);
+    if needed < available {
+        return Ok(());
+    }
+    let [needed, available] = [needed, available].map(|bytes| bytes / 1e9);
+    Err(Error::usage(format!("{case:?} needs {needed:.1} GB of memory at least; {available:.1} GB are available")))
+}
+
+/// What Linux says that programs may take without swapping.
+fn available_bytes() -> Option<f64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse().ok().map(|kib: f64| 1024.0 * kib)
 }
 
 struct Bench<'a, B: Backend> {

@@ -134,14 +134,18 @@ pub struct BufferState {
     pub rng: Mt19937,
 }
 
-impl<'a> Buffer<'a> {
-    /// The buffer that a cfg asks for by `batch_size`, `buffer_mult`, `seed` and the keys named here, with the generator as
-    /// the original's `CrossCoder.__init__` leaves it.
-    ///
-    /// # Errors
-    /// A missing or ill-typed key; as [`Self::new`].
-    pub fn from_cfg(acts: &'a Activations, cfg: &Config, factors: &[f64]) -> Result<Self> {
-        let batch_size = cfg.size("batch_size")?;
+/// What a cfg says of a buffer.
+pub(crate) struct Sizes {
+    held_out: HeldOut,
+    refresh: Refresh,
+    batch_size: usize,
+    buffer_rows: usize,
+}
+
+impl Sizes {
+    /// What [`Buffer::from_cfg`] asks of a cfg and a set, checked before anything is made.
+    pub(crate) fn from_cfg(acts: &Activations, cfg: &Config) -> Result<Self> {
+        let (held_out, batch_size) = (HeldOut::from_cfg(cfg)?, cfg.size("batch_size")?);
         let refresh = match cfg.get(ORIGINAL_REFRESH_KEY) {
             Some(Value::Bool(true)) => Refresh::Original,
             Some(Value::Bool(false)) | None => Refresh::ReadOn,
@@ -150,6 +154,35 @@ impl<'a> Buffer<'a> {
             }
         };
         let buffer_rows = batch_size.saturating_mul(cfg.size("buffer_mult")?);
+        buffer_len(acts, held_out, batch_size, buffer_rows)?;
+        Ok(Sizes { held_out, refresh, batch_size, buffer_rows })
+    }
+}
+
+/// The number of rows in a buffer.
+fn buffer_len(acts: &Activations, held_out: HeldOut, batch_size: usize, buffer_rows: usize) -> Result<usize> {
+    let train_rows = acts.rows() - held_out.count(acts.rows());
+    let len = buffer_rows.min(train_rows);
+    if batch_size == 0 || batch_size > len {
+        return Err(Error::config(format!(
+            "batch_size is {batch_size}; it must be from 1 to {len}, the rows in the buffer ({train_rows} to train on, \
+             batch_size · buffer_mult = {buffer_rows})"
+        )));
+    }
+    if u32::try_from(len).is_err() {
+        return Err(Error::config(format!("a buffer of {len} rows; at most 2^32 - 1 are possible")));
+    }
+    Ok(len)
+}
+
+impl<'a> Buffer<'a> {
+    /// The buffer that a cfg asks for by `batch_size`, `buffer_mult`, `seed` and the keys named here, with the generator as
+    /// the original's `CrossCoder.__init__` leaves it.
+    ///
+    /// # Errors
+    /// A missing or ill-typed key; as [`Self::new`].
+    pub fn from_cfg(acts: &'a Activations, cfg: &Config, factors: &[f64]) -> Result<Self> {
+        let Sizes { held_out, refresh, batch_size, buffer_rows } = Sizes::from_cfg(acts, cfg)?;
         let weights = cfg.dict_size()?.saturating_mul(acts.width());
         let words = match cfg.enc_dtype()? {
             Dtype::F16 => Mt19937::normal_words::<f16>(weights),
@@ -158,7 +191,7 @@ impl<'a> Buffer<'a> {
         };
         let mut rng = Mt19937::new(cfg.seed()?)?;
         rng.skip(2 * words);
-        Self::new(acts, HeldOut::from_cfg(cfg)?, refresh, batch_size, buffer_rows, factors, rng)
+        Self::new(acts, held_out, refresh, batch_size, buffer_rows, factors, rng)
     }
 
     /// A buffer of `buffer_rows` rows (or of as many as the set trains on, if these are fewer) that hands out batches of
@@ -175,17 +208,7 @@ impl<'a> Buffer<'a> {
         factors: &[f64],
         rng: Mt19937,
     ) -> Result<Self> {
-        let train_rows = acts.rows() - held_out.count(acts.rows());
-        let len = buffer_rows.min(train_rows);
-        if batch_size == 0 || batch_size > len {
-            return Err(Error::config(format!(
-                "batch_size is {batch_size}; it must be from 1 to {len}, the rows in the buffer ({train_rows} to train on, \
-                 batch_size · buffer_mult = {buffer_rows})"
-            )));
-        }
-        if u32::try_from(len).is_err() {
-            return Err(Error::config(format!("a buffer of {len} rows; at most 2^32 - 1 are possible")));
-        }
+        let len = buffer_len(acts, held_out, batch_size, buffer_rows)?;
         if factors.len() != acts.n_models() {
             let what = format!("{} normalisation factors for {} models", factors.len(), acts.n_models());
             return Err(Error::shape(what));

@@ -106,13 +106,16 @@ pub fn version_dir(base: &Path, version: usize) -> PathBuf {
 /// If it cannot be made.
 pub fn create_save_dir(base: &Path) -> Result<PathBuf> {
     atomic::create_folders(base)?;
-    let mut version = versions(base)?.last().map_or(0, |last| last.saturating_add(1));
+    let mut next = versions(base)?.last().map_or(Some(0), |last| last.checked_add(1));
     loop {
+        let Some(version) = next else {
+            return Err(Error::usage(format!("no version above version_{} can be made", usize::MAX)).in_file(base));
+        };
         let dir = version_dir(base, version);
         match std::fs::create_dir(&dir) {
             Ok(()) => return atomic::sync_folder(&dir).map(|()| dir),
             // Another process was faster.
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => version = version.saturating_add(1),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => next = version.checked_add(1),
             Err(e) => return Err(Error::io("cannot make the folder", e).in_file(&dir)),
         }
     }

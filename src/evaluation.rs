@@ -112,7 +112,8 @@ pub(crate) fn check<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_
     let (n_models, d_in) = (crosscoder.n_models(), crosscoder.d_in());
     if (acts.n_models(), acts.d_in()) != (n_models, d_in) {
         let found = format!("[n, {}, {}]", acts.n_models(), acts.d_in());
-        return Err(Error::shape(format!("the activations are {found}; the crosscoder needs [n, {n_models}, {d_in}]")));
+        let what = format!("the activations are {found}; the crosscoder needs [n, {n_models}, {d_in}]");
+        return Err(Error::shape(what).at(acts.place(0)));
     }
     if batches.factors.len() != n_models {
         let last = model_name(n_models - 1, n_models);

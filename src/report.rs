@@ -12,7 +12,7 @@ mod svg;
 mod training;
 
 pub use figures::Figure;
-pub use training::TrainingLog;
+pub use training::{MAX_NAMES, TrainingLog};
 
 use crate::analysis::{ActivationStats, DecoderNorms, Group, LatentScaling, Thresholds, finite, group_name};
 use crate::backend::Backend;
@@ -155,6 +155,9 @@ impl Report {
             let named = log.curves.iter().map(|(name, values)| (name.clone(), numbers(values.iter().copied())));
             curves.extend(named);
             add("training", curves.into());
+            if log.left_out > 0 {
+                add("training_names_left_out", log.left_out.into());
+            }
         }
         let histograms = self.figures().into_iter().flat_map(|figure| {
             figure.histograms.into_iter().map(|(name, h)| {
@@ -449,6 +452,34 @@ mod tests {
         let json: Value = serde_json::from_str(&report(3).to_json()).unwrap();
         assert!(json.get("groups").is_none() && json["latents"].get("group").is_none());
         assert_eq!(json["latents"]["relative_decoder_norm_2"][1], json!(1.0));
+    }
+
+    #[test]
+    fn any_numbers_and_names_of_a_log_make_charts() {
+        let crosscoder = crosscoder(2);
+        let report = |log: &str| {
+            let log = TrainingLog::from_jsonl(log).unwrap();
+            Report::new(&crosscoder, DecoderNorms::of(&crosscoder).unwrap()).with_training(log)
+        };
+        let numbers = ["0", "5e-324", "1e-310", "1e300", "1e308", "1.7e308", "-1e308", "-1.7e308"];
+        for (a, b) in numbers.iter().flat_map(|a| numbers.iter().map(move |b| (a, b))) {
+            for key in ["loss", "lr", "explained_variance"] {
+                let lines =
+                    |x: &str, y: &str| format!("{{\"step\":{x},\"{key}\":{a}}}\n{{\"step\":{y},\"{key}\":{b}}}\n");
+                for log in [lines("1", "2"), lines("-1e308", "1.7e308"), lines("1.7e308", "1.7e308")] {
+                    for svg in report(&log).figures().iter().map(Figure::to_svg) {
+                        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{log}: {svg}");
+                    }
+                }
+            }
+        }
+        let names: Vec<String> = (0..3000).map(|i| format!("\"k{i}\":1")).collect();
+        let report = report(&format!("{{\"step\":1,\"a b\":1,\"a_b\":2,{}}}\n", names.join(",")));
+        let figures: Vec<String> = report.figures().into_iter().map(|f| f.name).collect();
+        assert_eq!(figures[3..5], ["training_a_b", "training_a_b_"]);
+        assert_eq!(figures.len(), 3 + 64);
+        assert!(report.to_html().contains("Left out: 2,938 more names"));
+        assert_eq!(serde_json::from_str::<Value>(&report.to_json()).unwrap()["training_names_left_out"], 2938);
     }
 
     #[test]

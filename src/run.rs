@@ -29,7 +29,7 @@
 use crate::activations::Activations;
 use crate::atomic;
 use crate::backend::Backend;
-use crate::buffer::{Buffer, HeldOut, ORIGINAL_REFRESH_KEY, VAL_FRACTION_KEY};
+use crate::buffer::{Buffer, HeldOut, ORIGINAL_REFRESH_KEY, Sizes, VAL_FRACTION_KEY};
 use crate::checkpoint::{self, Source};
 use crate::config::Config;
 use crate::crosscoder::CrossCoder;
@@ -38,7 +38,7 @@ use crate::init::initial_weights;
 use crate::normalisation::{estimate, factors, set_factors};
 use crate::pt::TensorSource;
 use crate::threads::beside;
-use crate::trainer::{LogRow, Trainer};
+use crate::trainer::{LogRow, Schedule, Trainer, betas};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -304,7 +304,9 @@ impl Run {
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<()> {
         let step = trainer.step_counter();
-        if step == self.state.step {
+        let finished = step == trainer.schedule().total_steps;
+        // A run of no steps has its initial weights to save, as the original does.
+        if step == self.state.step && finished == self.state.finished {
             return Ok(());
         }
         let saving = |e: Error| e.at(format!("step {step}: cannot save"));
@@ -313,12 +315,11 @@ impl Run {
         }
         let number = match self.state.checkpoint {
             Some(k) if self.state.interim => k,
-            Some(k) => k + 1,
+            Some(k) => k.checked_add(1).ok_or_else(|| saving(Error::format("no number is left for a checkpoint")))?,
             None => 0,
         };
         let files = checkpoint::numbered(&self.dir, number);
         trainer.crosscoder().save(&files).map_err(saving)?;
-        let finished = step == trainer.schedule().total_steps;
         let interim = !finished && !step.is_multiple_of(self.state.cfg.size("save_every")? as u64);
         let mut state = State {
             step,
@@ -448,6 +449,32 @@ pub fn built_in_keys() -> Vec<(&'static str, serde_json::Value)> {
         ("lr", 2e-3.into()),
         ("l1_coeff", 1.into()),
     ]
+}
+
+/// Whether a run with this cfg can begin on these activations: checks what it would refuse after its directory is made.
+///
+/// # Errors
+/// A key that is missing, ill-typed or out of range; a batch that the rows do not fill; factors for other models.
+pub fn check(cfg: &Config, acts: &Activations) -> Result<()> {
+    Schedule::from_cfg(cfg)?;
+    betas(cfg)?;
+    Sizes::from_cfg(acts, cfg)?;
+    for key in ["dict_size", "log_every", "save_every"] {
+        cfg.size(key)?;
+    }
+    cfg.seed()?;
+    cfg.enc_dtype()?;
+    cfg.number("dec_init_norm")?;
+    let n_models = match factors(cfg)? {
+        Some(factors) => factors.len(),
+        None if cfg.get("n_models").is_some() => cfg.n_models()?,
+        None => acts.n_models(),
+    };
+    if (n_models, cfg.d_in()?) != (acts.n_models(), acts.d_in()) {
+        let what = format!("the cfg is for {n_models} models of d_in {}; the activations are", cfg.d_in()?);
+        return Err(Error::shape(format!("{what} [n, {}, {}]", acts.n_models(), acts.d_in())).at(acts.place(0)));
+    }
+    Ok(())
 }
 
 fn dynamic<'a, B: Backend>(sources: &'a [Source<'_, B>; 4]) -> [&'a dyn TensorSource; 4] {

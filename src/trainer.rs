@@ -28,10 +28,14 @@ impl Schedule {
     /// The schedule that a cfg asks for.
     ///
     /// # Errors
-    /// If `num_tokens`, `batch_size`, `lr` or `l1_coeff` is missing or no such number.
+    /// If `num_tokens`, `batch_size`, `lr` or `l1_coeff` is missing or no such number; an `lr` below 0, which PyTorch refuses too.
     pub fn from_cfg(cfg: &Config) -> Result<Self> {
         let total_steps = (cfg.count("num_tokens")? / cfg.size("batch_size")?) as u64;
-        Ok(Schedule { total_steps, lr: cfg.number("lr")?, l1_coeff: cfg.number("l1_coeff")? })
+        let lr = cfg.number("lr")?;
+        if lr < 0.0 {
+            return Err(Error::config(format!("cfg key \"lr\" needs a number of 0 or more, found {lr}")));
+        }
+        Ok(Schedule { total_steps, lr, l1_coeff: cfg.number("l1_coeff")? })
     }
 
     /// 1, then over the last fifth of the steps linearly down to 0. Original: `lr_lambda`.
@@ -50,6 +54,15 @@ impl Schedule {
         let (step, warm_up) = (step as f64, 0.05 * self.total_steps as f64);
         if step < warm_up { self.l1_coeff * step / warm_up } else { self.l1_coeff }
     }
+}
+
+/// `beta1` and `beta2`, from 0 to less than 1: PyTorch refuses others too.
+pub(crate) fn betas(cfg: &Config) -> Result<[f64; 2]> {
+    let beta = |key| match cfg.number(key)? {
+        beta if (0.0..1.0).contains(&beta) => Ok(beta),
+        beta => Err(Error::config(format!("cfg key {key:?} needs a number from 0 to less than 1, found {beta}"))),
+    };
+    Ok([beta("beta1")?, beta("beta2")?])
 }
 
 /// What a step logs. Original: `loss_dict`; `grad_norm` is what its `clip_grad_norm_` returns.
@@ -119,11 +132,12 @@ impl<B: Backend> Trainer<B> {
     /// A trainer before its first step, after the crosscoder's cfg.
     ///
     /// # Errors
-    /// A cfg that lacks a key that training needs (`num_tokens`, `batch_size`, `lr`, `l1_coeff`, `beta1`, `beta2`).
+    /// A cfg that lacks a key that training needs (`num_tokens`, `batch_size`, `lr`, `l1_coeff`, `beta1`, `beta2`),
+    /// or has one out of its range.
     pub fn new(crosscoder: CrossCoder<B>) -> Result<Self> {
         let cfg = crosscoder.cfg();
         let schedule = Schedule::from_cfg(cfg)?;
-        let (beta1, beta2) = (cfg.number("beta1")?, cfg.number("beta2")?);
+        let [beta1, beta2] = betas(cfg)?;
         let optimizer = Adam::new(&crosscoder.backend, &crosscoder.params, beta1, beta2)?;
         let tape = Tape::new(crosscoder.backend.clone());
         Ok(Trainer { crosscoder, optimizer, schedule, step_counter: 0, tape, grads: Parameters::default() })

@@ -358,6 +358,7 @@ fn wrong_usage_has_status_2() {
         (&["--learning_rate", "1"][..], "--learning_rate: neither an option nor a key of the cfg"),
         (&["--lr"], "--lr"),
         (&["--threads", "many"], "--threads needs a number"),
+        (&["--threads", "0"], "--threads needs 1 or more"),
         (&["--val-fraction", "1.5"], "it must be from 0 to less than 1"),
     ] {
         let output = run(&[&["--out", &out], args].concat());
@@ -367,6 +368,62 @@ fn wrong_usage_has_status_2() {
     let output = run(&["--device", "tpu", "--out", &out]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stdout(&run(&["--help"])).contains("--keep-going-on-nan"));
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_cfg_that_cannot_be_trained_is_told_before_a_folder_is_made() {
+    let dir = folder("cfg");
+    let (acts, out) = (dir.join("acts.npy"), dir.join("out"));
+    save_npy(&acts, &tensor(&[30, 2, 4], 1));
+    for (key, value, say) in [
+        ("lr", "-1", "cfg key \"lr\" needs a number of 0 or more, found -1"),
+        ("beta1", "1", "cfg key \"beta1\" needs a number from 0 to less than 1, found 1"),
+        ("beta2", "-0.5", "cfg key \"beta2\" needs a number from 0 to less than 1, found -0.5"),
+        ("seed", "1.5", "\"seed\" needs an integer"),
+        ("batch_size", "400", "batch_size is 400; it must be from 1 to 29"),
+        ("enc_dtype", "fp8", "fp8"),
+        ("device", "tpu", "tpu"),
+    ] {
+        let output = run(&[&text(&acts), "--out", &text(&out), &format!("--{key}"), value]);
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{key}: {:?}", output.status);
+        assert!(stderr(&output).contains(say), "{key}: {}", stderr(&output));
+        assert!(!out.exists(), "{key}");
+    }
+    std::fs::write(dir.join("three.json"), "{\"normalisation_factor\": [1, 2, 3]}").unwrap();
+    let output = run(&[&text(&acts), "--out", &text(&out), "--cfg", &text(&dir.join("three.json"))]);
+    assert!(stderr(&output).contains("acts.npy, row 0: the cfg is for 3 models of d_in 4"), "{}", stderr(&output));
+    assert!(!out.exists());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_run_of_no_steps_saves_its_initial_weights() {
+    let dir = folder("no-steps");
+    let (acts, out) = (dir.join("acts.npy"), dir.join("out"));
+    save_npy(&acts, &tensor(&[30, 2, 4], 1));
+    let args = [&text(&acts), "--out", &text(&out), "--batch_size", "3", "--num_tokens", "2", "--dict_size", "8"];
+    let output = run(&args);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("0.pt (0 steps)"), "{}", stdout(&output));
+    let saved = CrossCoder::load(out.join("version_0")).unwrap();
+    let initial = CrossCoder::new(saved.cfg().clone()).unwrap();
+    let bits = |crosscoder: CrossCoder| crosscoder.to_tensors().unwrap().each().map(|t| t.to_f64_vec());
+    assert_eq!(bits(saved), bits(initial));
+    let again = run(&[&args[..], &["--resume"]].concat());
+    assert_eq!((again.status.code(), stdout(&again)), (Some(0), stdout(&output)), "{}", stderr(&again));
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn above_the_largest_version_is_none() {
+    let dir = folder("largest");
+    let largest = dir.join(format!("version_{}", usize::MAX));
+    std::fs::create_dir(&largest).unwrap();
+    std::fs::write(largest.join("x"), "").unwrap();
+    let output = run(&["--out", &text(&dir)]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("no version above version_"), "{}", stderr(&output));
     std::fs::remove_dir_all(&dir).unwrap();
 }
 

@@ -1,12 +1,13 @@
 //! What the verbs share: reading arguments, printing results.
 
 use super::download;
-use crosscoder::checkpoint::{self, Files};
+use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::error::{Error, Result};
-use crosscoder::sparse::Path;
+use crosscoder::sparse;
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// lexopt's error as ours.
@@ -35,18 +36,26 @@ pub(crate) fn number<T: std::str::FromStr>(parser: &mut lexopt::Parser, option: 
     text.parse().map_err(|_| Error::usage(format!("--{option} needs a number, found '{text}'")))
 }
 
+/// The value of an option that is an integer of 1 or more.
+pub(crate) fn positive(parser: &mut lexopt::Parser, option: &str) -> Result<usize> {
+    match number(parser, option)? {
+        0 => Err(Error::usage(format!("--{option} needs 1 or more, found 0"))),
+        n => Ok(n),
+    }
+}
+
 /// The value of `--path`.
-pub(crate) fn path(parser: &mut lexopt::Parser) -> Result<Path> {
+pub(crate) fn path(parser: &mut lexopt::Parser) -> Result<sparse::Path> {
     match text(parser)?.as_str() {
-        "auto" => Ok(Path::Auto),
-        "dense" => Ok(Path::Dense),
-        "sparse" => Ok(Path::Sparse),
+        "auto" => Ok(sparse::Path::Auto),
+        "dense" => Ok(sparse::Path::Dense),
+        "sparse" => Ok(sparse::Path::Sparse),
         other => Err(Error::usage(format!("--path needs auto, dense or sparse, found '{other}'"))),
     }
 }
 
 /// The files of CHECKPOINT: those on this machine, or those of `hf://OWNER/REPO[@REVISION][/PATH]`, downloaded.
-pub(crate) fn checkpoint(text: &std::path::Path) -> Result<Files> {
+pub(crate) fn checkpoint(text: &Path) -> Result<Files> {
     match text.to_str().filter(|text| text.starts_with("hf://")) {
         Some(address) => download::checkpoint(address),
         None => checkpoint::find(text),
@@ -72,12 +81,48 @@ pub(crate) fn help(text: &str) -> Result<ExitCode> {
     print(text).map(|()| ExitCode::SUCCESS)
 }
 
-/// Whether `path` may be written. Nothing is overwritten unasked.
-pub(crate) fn may_write(path: &std::path::Path, force: bool) -> Result<()> {
-    if !force && path.exists() {
-        return Err(Error::usage("is there already; --force replaces it").in_file(path));
+/// Whether `path` may be written. Nothing is overwritten unasked, and nothing but files and links to files at all.
+pub(crate) fn may_write(path: &Path, force: bool) -> Result<()> {
+    let folder = folder_of(path);
+    if !folder.is_dir() {
+        return Err(Error::usage(format!("cannot be written: there is no folder {}", folder.display())).in_file(path));
+    }
+    // Of a link itself, for one that leads nowhere is there too.
+    let what = match path.symlink_metadata() {
+        Err(_) => return Ok(()),
+        Ok(_) if path.is_file() && force => return Ok(()),
+        Ok(_) if path.is_file() => "is there already; --force replaces it",
+        Ok(there) if there.is_symlink() => "is a link to what is no file or not there; it is not replaced",
+        Ok(_) => "is there and no file; it is not replaced",
+    };
+    Err(Error::usage(what).in_file(path))
+}
+
+/// [`may_write`] of each, of which no two may be the same file.
+pub(crate) fn may_write_all<'a>(paths: impl IntoIterator<Item = &'a Path>, force: bool) -> Result<()> {
+    let mut places = HashMap::new();
+    for path in paths {
+        may_write(path, force)?;
+        // `a`, `./a` and a link to it are one.
+        let there = || folder_of(path).canonicalize().map(|folder| folder.join(path.file_name().unwrap_or_default()));
+        let place = path.canonicalize().or_else(|_| there());
+        if let Some(other) = places.insert(place.unwrap_or_else(|_| path.to_owned()), path) {
+            return Err(Error::usage(format!("is the same file as {}", other.display())).in_file(path));
+        }
     }
     Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
+}
+
+/// Whether `path` is named for one of the two formats of tensors that are written.
+pub(crate) fn named_for_tensors(what: &str, path: &Path) -> Result<()> {
+    if is_safetensors(path) || path.extension().is_some_and(|e| e.eq_ignore_ascii_case("pt")) {
+        return Ok(());
+    }
+    Err(Error::usage(format!("{what} must be named .pt or .safetensors, found '{}'", path.display())))
 }
 
 /// Whether printing failed because nobody reads any more.

@@ -70,9 +70,9 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 }
 
 fn case(text: &str) -> Result<Case> {
-    let numbers: Vec<usize> = text.split(',').filter_map(|n| n.parse().ok()).collect();
-    match numbers[..] {
-        [d_in, dict_size, batch, l0] => Ok(Case { d_in, dict_size, batch, l0 }),
+    let numbers: Option<Vec<usize>> = text.split(',').map(|n| n.parse().ok()).collect();
+    match numbers.as_deref() {
+        Some(&[d_in, dict_size, batch, l0]) => Ok(Case { d_in, dict_size, batch, l0 }),
         _ => Err(Error::usage(format!("--case needs D_IN,DICT_SIZE,BATCH,L0, found '{text}'"))),
     }
 }

@@ -55,9 +55,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         }
     }
     let [from, to] = &paths[..] else { return Err(Error::usage("convert needs IN and OUT")) };
-    if !is_safetensors(to) && to.extension().is_none_or(|e| !e.eq_ignore_ascii_case("pt")) {
-        return Err(Error::usage(format!("OUT must be named .pt or .safetensors, found '{}'", to.display())));
-    }
+    args::named_for_tensors("OUT", to)?;
     let is_checkpoint = |files: &Files| match TensorFile::open(&files.weights).and_then(|f| recognise(f.tensors())) {
         Ok(layout) => layout.is_some(),
         Err(_) => true,

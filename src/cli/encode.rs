@@ -38,7 +38,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
             Long("out") => out = Some(parser.value().map_err(args::usage)?.into()),
-            Long("batch-size") => batch_size = args::number(parser, "batch-size")?,
+            Long("batch-size") => batch_size = args::positive(parser, "batch-size")?,
             Long("device") => device = args::text(parser)?,
             Long("raw") => raw = true,
             Long("help") | Short('h') => return args::help(HELP),
@@ -48,9 +48,11 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     let (checkpoint, acts) = args::checkpoint_and_acts("encode", &paths)?;
     let out = out.ok_or_else(|| Error::usage("encode needs --out F"))?;
-    if out.exists() {
+    args::named_for_tensors("--out", &out)?;
+    if out.symlink_metadata().is_ok() {
         return Err(Error::usage("is there already").in_file(&out));
     }
+    args::may_write(&out, false)?;
     let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;
     let acts = Activations::open(acts)?;
     let tensors = with_backend!(picked, |backend| latents(&checkpoint.on(backend)?, &acts, batch_size, raw))?;
@@ -80,7 +82,7 @@ fn latents<B: Backend<Scalar = f32>>(
     let factors = factors(crosscoder, raw)?;
     let d_hidden = crosscoder.d_hidden();
     let (mut starts, mut columns, mut values) = (vec![0i64], Vec::<i64>::new(), Vec::<f32>::new());
-    Batches::new(acts, (0..acts.rows()).collect(), batch_size.max(1), &factors).for_each::<f32>(|x| {
+    Batches::new(acts, (0..acts.rows()).collect(), batch_size, &factors).for_each::<f32>(|x| {
         let mut dense = vec![0f32; x.len() / acts.width() * d_hidden];
         crosscoder.encode_into(x, true, &mut dense)?;
         for row in dense.chunks_exact(d_hidden) {

@@ -5,7 +5,7 @@ use super::device::{self, with_backend};
 use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
 use crosscoder::backend::Backend;
-use crosscoder::error::{Error, Result};
+use crosscoder::error::Result;
 use crosscoder::evaluation::{Batches, Evaluation, evaluate};
 use crosscoder::normalisation;
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
                   mean of their batch, and so depend on it
   --device D      cpu, cuda or cuda:N: the GPU, if there is one [cpu]
   --raw           takes the rows as they are
-  --json          one object
+  --json          one object; a number that is not finite is null
 ";
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -36,7 +36,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let mut device = device::DEFAULT.to_owned();
     while let Some(arg) = parser.next().map_err(args::usage)? {
         match arg {
-            Long("batch-size") => batch_size = Some(args::number::<usize>(parser, "batch-size")?),
+            Long("batch-size") => batch_size = Some(args::positive(parser, "batch-size")?),
             Long("device") => device = args::text(parser)?,
             Long("raw") => raw = true,
             Long("json") => json = true,
@@ -69,11 +69,13 @@ fn evaluation<B: Backend>(
     raw: bool,
 ) -> Result<Evaluation> {
     let factors = factors(crosscoder, raw)?;
-    let batch_size = batch_size.or_else(|| crosscoder.cfg().size("batch_size").ok()).unwrap_or(4096).min(4096);
-    if batch_size == 0 {
-        return Err(Error::usage("--batch-size needs 1 or more"));
-    }
+    let batch_size = batch_size.unwrap_or_else(|| default_batch_size(crosscoder));
     evaluate(crosscoder, &Batches::new(acts, (0..acts.rows()).collect(), batch_size, &factors))
+}
+
+/// Rows at a time where `--batch-size` is not given.
+pub(crate) fn default_batch_size<B: Backend>(crosscoder: &CrossCoder<B>) -> usize {
+    crosscoder.cfg().size("batch_size").unwrap_or(4096).min(4096)
 }
 
 /// One factor for each model: those of the checkpoint, or 1.

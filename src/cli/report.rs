@@ -11,7 +11,7 @@ use crosscoder::backend::Backend;
 use crosscoder::checkpoint::Files;
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
-use crosscoder::report::{Report, TrainingLog};
+use crosscoder::report::{MAX_NAMES, Report, TrainingLog};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -35,7 +35,7 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
   --json F        all numbers as one JSON object; - is stdout
   --csv F         the numbers of each latent, a line each; - is stdout
   --svg DIR       each chart as an SVG file
-  --force         replaces files that are there
+  --force         replaces files that are there (of a link the file that it leads to), never anything else
   --name NAME     the name of a model; once for each, A first [the cfg's model_names]
   --low R, --high R
                   A only is a relative decoder norm of at most [0.3], B only of at least [0.7]
@@ -45,7 +45,8 @@ Rows are multiplied with the normalisation factors that the checkpoint was train
                   the mean of their batch, and so depend on it
   --device D      cpu, cuda or cuda:N: the GPU, if there is one [cpu]
   --raw           takes the rows as they are
-  --metrics F     the training log [metrics.jsonl beside the weights, if it is there]
+  --metrics F     the training log [metrics.jsonl beside the weights, if it is there]; of names other than the original's the
+                  first 64 are taken
 ";
 
 /// What is asked for, as it stands on the command line.
@@ -68,6 +69,13 @@ struct Asked {
     metrics: Option<PathBuf>,
 }
 
+impl Asked {
+    /// The files that are named on the command line.
+    fn files(&self) -> impl Iterator<Item = &Path> {
+        [&self.json, &self.csv, &self.out].into_iter().flatten().map(PathBuf::as_path).filter(|path| !is_stdout(path))
+    }
+}
+
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     use lexopt::Arg::{Long, Short, Value};
     let mut asked = Asked::default();
@@ -85,7 +93,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("high") => asked.high = Some(args::number(parser, "high")?),
             Long("top-rows") => asked.top_rows = Some(args::number(parser, "top-rows")?),
             Long("rows") => asked.rows = Some(args::number(parser, "rows")?),
-            Long("batch-size") => asked.batch_size = Some(args::number(parser, "batch-size")?),
+            Long("batch-size") => asked.batch_size = Some(args::positive(parser, "batch-size")?),
             Long("device") => asked.device = Some(args::text(parser)?),
             Long("help") | Short('h') => return args::help(HELP),
             Value(path) => asked.paths.push(path.into()),
@@ -98,15 +106,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if asked.out.is_none() && asked.json.is_none() && asked.csv.is_none() && asked.svg.is_none() {
         asked.out = Some("report.html".into());
     }
-    let files = [&asked.out, &asked.json, &asked.csv];
-    for (i, path) in files.iter().enumerate() {
-        if path.is_some() && files[..i].contains(path) {
-            return Err(Error::usage("--out, --json and --csv need different files"));
-        }
+    if [&asked.out, &asked.json, &asked.csv].into_iter().flatten().filter(|path| is_stdout(path)).count() > 1 {
+        return Err(Error::usage("one of --out, --json and --csv may be -"));
     }
-    for path in files.into_iter().flatten() {
-        args::may_write(path, asked.force || is_stdout(path))?;
+    if let Some(folder) = &asked.svg {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
     }
+    args::may_write_all(asked.files(), asked.force)?;
     let files = args::checkpoint(&asked.paths[0])?;
     let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
     let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, &asked))?;
@@ -122,7 +128,7 @@ fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) 
         .with_source(files.weights.display().to_string())
         .with_thresholds(thresholds);
     if !asked.names.is_empty() {
-        report = report.with_names(asked.names.clone())?;
+        report = report.with_names(asked.names.clone()).map_err(|e| e.at("--name"))?;
     }
     if let Some(log) = training_log(files, asked)? {
         report = report.with_training(log);
@@ -144,7 +150,11 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
         None if beside.is_file() => &beside,
         None => return Ok(None),
     };
-    TrainingLog::read(path).map(Some)
+    let log = TrainingLog::read(path)?;
+    if log.left_out > 0 {
+        let _ = writeln!(std::io::stderr(), "{}: {} names beyond {MAX_NAMES} left out", path.display(), log.left_out);
+    }
+    Ok(Some(log))
 }
 
 fn stats<B: Backend>(
@@ -154,11 +164,7 @@ fn stats<B: Backend>(
     asked: &Asked,
 ) -> Result<ActivationStats> {
     let factors = eval::factors(crosscoder, asked.raw)?;
-    let in_cfg = || crosscoder.cfg().size("batch_size").ok();
-    let batch_size = asked.batch_size.or_else(in_cfg).unwrap_or(4096).min(4096);
-    if batch_size == 0 {
-        return Err(Error::usage("--batch-size needs 1 or more"));
-    }
+    let batch_size = asked.batch_size.unwrap_or_else(|| eval::default_batch_size(crosscoder));
     let rows = asked.rows.unwrap_or(usize::MAX).min(acts.rows());
     let batches = Batches::new(acts, (0..rows).collect(), batch_size, &factors);
     let mut progress = Progress::new("activations", Unit::Bytes);
@@ -171,30 +177,32 @@ fn stats<B: Backend>(
 fn write(report: &Report, asked: &Asked) -> Result<()> {
     let mut charts = Vec::new();
     if let Some(folder) = &asked.svg {
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
         charts.extend(report.figures().into_iter().map(|f| (folder.join(format!("{}.svg", f.name)), f)));
     }
-    // All or nothing: a file that is there is found before the first is written.
-    charts.iter().try_for_each(|(path, _)| args::may_write(path, asked.force))?;
+    args::may_write_all(asked.files().chain(charts.iter().map(|(path, _)| path.as_path())), asked.force)?;
     let texts: [(&Option<PathBuf>, &dyn Fn() -> String); 3] =
         [(&asked.json, &|| report.to_json()), (&asked.csv, &|| report.to_csv()), (&asked.out, &|| report.to_html())];
-    for (path, text) in texts {
-        match path {
-            Some(path) if is_stdout(path) => args::print(&text())?,
-            Some(path) => write_file(path, &text())?,
-            None => {}
+    // All are written before the first is put into its place.
+    let mut staged = Vec::new();
+    let mut stage = |path: &Path, text: String| -> Result<()> {
+        let file = atomic::stage(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;
+        staged.push((path.to_owned(), file));
+        Ok(())
+    };
+    let mut printed = None;
+    for (path, text) in texts.into_iter().filter_map(|(path, text)| Some((path.as_ref()?, text))) {
+        if is_stdout(path) {
+            printed = Some(text());
+        } else {
+            stage(path, text())?;
         }
     }
-    for (path, figure) in charts {
-        write_file(&path, &figure.to_svg())?;
+    charts.iter().try_for_each(|(path, figure)| stage(path, figure.to_svg()))?;
+    for (path, file) in staged {
+        file.place()?;
+        let _ = writeln!(std::io::stderr(), "wrote {}", path.display());
     }
-    Ok(())
-}
-
-fn write_file(path: &Path, text: &str) -> Result<()> {
-    atomic::write(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;
-    let _ = writeln!(std::io::stderr(), "wrote {}", path.display());
-    Ok(())
+    printed.map_or(Ok(()), |text| args::print(&text))
 }
 
 fn is_stdout(path: &Path) -> bool {

@@ -41,7 +41,7 @@ model, A's first; or a directory of such files. Without ACTS it trains on a smal
                      goes on where a loss or gradient is not finite, as the original does, instead of stopping
   --threads N        threads [all cores]; the result does not depend on it
   --no-report        writes no report.html beside the checkpoints at the end
-  --json             the result as one JSON object
+  --json             the result as one JSON object; a number that is not finite is null
 
 Defaults are those of the original's train.py, smaller where the set is small: batch_size at most a tenth of the rows and
 dict_size at most half of them and 8 · d_in, each a power of two; num_tokens at most 100 passes; buffer_mult such that the
@@ -80,7 +80,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("keep-going-on-nan") => asked.keep_going = true,
             Long("json") => asked.json = true,
             Long("no-report") => asked.no_report = true,
-            Long("threads") => asked.threads = Some(args::number(parser, "threads")?),
+            Long("threads") => asked.threads = Some(args::positive(parser, "threads")?),
             Long("original-refresh") => asked.keys.push(("original_refresh".to_owned(), "true".to_owned())),
             Long(key) => {
                 let key = key.replace('-', "_");
@@ -94,16 +94,25 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let acts = open(&asked)?;
     let out = asked.out.clone().unwrap_or_else(|| "checkpoints".into());
     let resumed = if asked.resume { Run::resume(&out)? } else { None };
-    let run = match resumed {
+    let cfg = match &resumed {
         Some(run) => {
             check_same(&asked, run.cfg())?;
-            run
+            run.cfg().clone()
         }
-        None => Run::create(&out, cfg(&asked, &acts)?)?,
+        None => {
+            let cfg = cfg(&asked, &acts)?;
+            run::check(&cfg, &acts)?;
+            cfg
+        }
+    };
+    // `cuda:0`, as the original's cfgs say, means "if there is one".
+    let picked = device::pick(cfg.text("device")?, cfg.enc_dtype()?)?;
+    let run = match resumed {
+        Some(run) => run,
+        None => Run::create(&out, cfg)?,
     };
     let run = if asked.keep_going { run.keep_going() } else { run };
-    // `cuda:0`, as the original's cfgs say, means "if there is one".
-    match device::pick(run.cfg().text("device")?, run.cfg().enc_dtype()?)? {
+    match picked {
         Picked::Cpu(backend, _) => {
             let backend = asked.threads.map_or(backend.clone(), |n| backend.with_threads(n));
             train(run, backend, &acts, &stop, &asked)

@@ -1,6 +1,6 @@
 //! The charts of a report: what each shows and how it was computed.
 
-use super::svg::{Axis, Bar, Chart, Marks, SERIES, STYLE, count, nice_ceil, short};
+use super::svg::{Axis, Bar, Chart, Marks, SERIES, STYLE, count, half_distance, nice_ceil, short};
 use super::{Report, group_index};
 use crate::analysis::{
     ActivationStats, COSINE_BINS, Group, Histogram, LatentScaling, LatentStats, RELATIVE_NORM_BINS, finite, group_name,
@@ -13,7 +13,7 @@ const MAX_POINTS: usize = 1000;
 const GROUP_CLASSES: [&str; 3] = ["c0", "c2", "c1"];
 
 /// What the original logs: name, title, label of the axis, meaning.
-const CURVES: [(&str, &str, &str, &str); 7] = [
+pub(super) const CURVES: [(&str, &str, &str, &str); 7] = [
     (
         "loss",
         "Loss",
@@ -399,7 +399,14 @@ fn training(report: &Report) -> Vec<Figure> {
         out.extend(curve_figure(&log.steps, key, title, label, meaning, &curves));
     }
     for curve in log.curves.iter().filter(|(name, _)| !taken.contains(&name.as_str())) {
-        out.extend(curve_figure(&log.steps, &curve.0, &curve.0, &curve.0, "As logged", &[curve]));
+        let figure = curve_figure(&log.steps, &curve.0, &curve.0, &curve.0, "As logged", &[curve]);
+        out.extend(figure.map(|mut figure| {
+            // Names that differ in signs only are told apart.
+            while out.iter().any(|other: &Figure| other.name == figure.name) {
+                figure.name.push('_');
+            }
+            figure
+        }));
     }
     out
 }
@@ -417,14 +424,16 @@ fn curve_figure(
     let high = finite_values().reduce(f64::max)?;
     let log = low > 0.0 && high / low > 20.0 && key != "lr" && key != "l1_coeff";
     let y = if log {
-        Axis::log(&format!("{label} (log scale)"), low / 1.1, high * 1.1)
+        Axis::log(&format!("{label} (log scale)"), low / 1.1, (high * 1.1).min(f64::MAX))
     } else if key.starts_with("explained_variance") {
         // The first steps may lie far below 0, where nobody looks.
         Axis::linear(label, low.clamp(-1.0, 0.0), 1.0, 4)
     } else {
         let low = low.min(0.0);
-        let step = nice_ceil((high - low) / 4.0);
-        Axis::linear(label, low, low + (step * ((high - low) / step).ceil()).max(step), 4)
+        let half = half_distance(low, high);
+        let step = nice_ceil(half / 2.0);
+        let high = low + (step * (half / (step / 2.0)).ceil()).max(step);
+        Axis::linear(label, low, high.min(f64::MAX), 4)
     };
     let clipped = key.starts_with("explained_variance") && low < -1.0;
     let class = |i: usize| if curves.len() > 1 { ["c2", "c0", "c1", "c3", "c4", "c5"][i % 6] } else { "c3" };

@@ -78,7 +78,14 @@ pub(super) fn html(report: &Report) -> String {
                 ),
             );
         }
-        out.push_str("</div></section>\n");
+        out.push_str("</div>");
+        if let (Section::Training, Some(log)) = (section, &report.training)
+            && log.left_out > 0
+        {
+            let left_out = count(log.left_out as u64);
+            put(&mut out, format_args!("<p class=\"soft\">Left out: {left_out} more names of the log.</p>"));
+        }
+        out.push_str("</section>\n");
     }
     latents(report, &mut out);
     settings(report, &mut out);

@@ -33,10 +33,16 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// From `low` to `high`, with about `ticks` ticks at round numbers.
+    /// From `low` to `high`, with about `ticks` ticks at round numbers. Any finite numbers will do.
     pub(super) fn linear(label: &str, low: f64, high: f64, ticks: usize) -> Self {
-        let high = if high > low { high } else { low + 1.0 };
-        let step = nice_ceil((high - low) / ticks as f64);
+        let (low, high) = if half_distance(low, high) > SMALLEST_DISTANCE {
+            (low, high)
+        } else {
+            // 1 more, or what a large number can be told apart by; below the largest numbers, above which there is nothing.
+            let more = (low.abs() * 1e-9).max(1.0);
+            if low < f64::MAX - more { (low, low + more) } else { (low - more, low) }
+        };
+        let step = nice_ceil(half_distance(low, high) / (ticks as f64 / 2.0));
         let first = (low / step - 1e-9).ceil() as i64;
         let last = (high / step + 1e-9).floor() as i64;
         let ticks = (first..=last).map(|i| (i as f64 * step, short(i as f64 * step))).collect();
@@ -45,7 +51,13 @@ impl Axis {
 
     /// From `low` to `high`, both above 0, with ticks at powers of ten (and at 2 and 5 times them where they are few).
     pub(super) fn log(label: &str, low: f64, high: f64) -> Self {
-        let high = if high > low { high } else { low * 10.0 };
+        let (low, high) = if high / low > 1.000_001 {
+            (low, high)
+        } else if low < f64::MAX / 10.0 {
+            (low, low * 10.0)
+        } else {
+            (low / 10.0, low)
+        };
         let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
         let factors: &[f64] = if high / low < 600.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
         // One way of writing for all ticks of an axis.
@@ -54,7 +66,7 @@ impl Axis {
         let ticks = (first..=last)
             .step_by(every)
             .flat_map(|e| factors.iter().map(move |f| (f * 10f64.powi(e), e)))
-            .filter(|(v, _)| *v >= low * 0.999_999 && *v <= high * 1.000_001)
+            .filter(|(v, _)| v.is_finite() && *v >= low * 0.999_999 && *v <= high * 1.000_001)
             .map(|(v, e)| (v, if plain || v == 1.0 { short(v) } else { power(v, e) }))
             .collect();
         Axis { label: label.to_owned(), low, high, ticks, log: true }
@@ -82,7 +94,7 @@ impl Axis {
         let share = if self.log {
             (v.max(self.low).ln() - self.low.ln()) / (self.high.ln() - self.low.ln())
         } else {
-            (v - self.low) / (self.high - self.low)
+            half_distance(self.low, v) / half_distance(self.low, self.high)
         };
         share.clamp(0.0, 1.0)
     }
@@ -256,14 +268,22 @@ pub(super) fn escape(text: &str) -> String {
     out
 }
 
-/// The smallest of 1, 2, 2.5, 5 times a power of ten that is not below `v`.
+/// `(high - low) / 2`, which is finite for all finite numbers.
+pub(super) fn half_distance(low: f64, high: f64) -> f64 {
+    high / 2.0 - low / 2.0
+}
+
+/// Half a distance below which an axis does not tell numbers apart: subnormal numbers are too coarse to divide.
+const SMALLEST_DISTANCE: f64 = 1e-300;
+
+/// The smallest of 1, 2, 2.5, 5 times a power of ten that is not below `v`; 1 for what is not above [`SMALLEST_DISTANCE`].
 pub(super) fn nice_ceil(v: f64) -> f64 {
-    if finite(v).is_none_or(|v| v <= 0.0) {
+    if finite(v).is_none_or(|v| v <= SMALLEST_DISTANCE / 10.0) {
         return 1.0;
     }
     let power = 10f64.powf(v.log10().floor());
     let factor = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().find(|f| f * power >= v * (1.0 - 1e-12));
-    factor.unwrap_or(10.0) * power
+    (factor.unwrap_or(10.0) * power).min(f64::MAX)
 }
 
 /// A number in at most four significant digits, for people: `0.1234`, `12,350`, `1.2e-5`.
@@ -379,6 +399,27 @@ mod tests {
             assert!((2..10).contains(&axis.ticks.len()), "{axis:?}");
             let slack = 1e-9 * (axis.high - axis.low);
             assert!(axis.ticks.iter().all(|t| (axis.low - slack..=axis.high + slack).contains(&t.0)), "{axis:?}");
+        }
+    }
+
+    #[test]
+    fn any_finite_numbers_make_an_axis() {
+        let positive = [5e-324, 1e-310, f64::MIN_POSITIVE, 1e-300, 1.0, 9e15, 1e300, 1e308, 1.7e308, f64::MAX];
+        let numbers: Vec<f64> =
+            positive.iter().flat_map(|&v| [v, v.next_up().min(f64::MAX), -v]).chain([0.0]).collect();
+        let check = |axis: Axis| {
+            assert!(axis.low.is_finite() && axis.high.is_finite() && axis.ticks.len() < 12, "{axis:?}");
+            assert!(axis.ticks.iter().all(|(v, text)| v.is_finite() && !text.contains("NaN")), "{axis:?}");
+            assert!(numbers.iter().all(|&v| (LEFT..=RIGHT).contains(&axis.x(v))), "{axis:?}");
+        };
+        for (i, &low) in numbers.iter().enumerate() {
+            for &high in &numbers[i..] {
+                let (low, high) = (low.min(high), low.max(high));
+                check(Axis::linear("x", low, high, 4));
+                if low > 0.0 {
+                    check(Axis::log("x", low, high));
+                }
+            }
         }
     }
 

@@ -1,12 +1,17 @@
 //! The log of a training run: `metrics.jsonl`, one JSON object per logged step.
 
+use super::figures::CURVES;
 use crate::error::{Error, Result};
 use crate::files::read_beside;
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A log longer than this is refused: room for 4,000,000 logged steps.
 const LOG_BYTES: u64 = 1 << 30;
+
+/// So many names are kept beside those that the original logs: each is a chart, and a number for each step, logged or not.
+pub const MAX_NAMES: usize = 64;
 
 /// Curves over the steps of a run, by the names that the original logs.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -15,6 +20,8 @@ pub struct TrainingLog {
     pub steps: Vec<f64>,
     /// Name and values, in the order in which names first appear; nan where a step did not log the name.
     pub curves: Vec<(String, Vec<f64>)>,
+    /// How many names are left out: those that appear after the first [`MAX_NAMES`], but for the original's.
+    pub left_out: usize,
 }
 
 impl TrainingLog {
@@ -30,12 +37,14 @@ impl TrainingLog {
 
     /// Reads `metrics.jsonl`: objects with the key `step` and any numbers. A step that does not lie above the ones
     /// before it replaces them (a run that was resumed from an older checkpoint). A last line without a newline that is
-    /// no JSON is left out (a run that was cut off).
+    /// no JSON is left out (a run that was cut off), and so are names beyond [`MAX_NAMES`].
     ///
     /// # Errors
     /// A line that is no object, or has no step.
     pub fn from_jsonl(text: &str) -> Result<Self> {
         let mut log = TrainingLog::default();
+        let mut left_out = BTreeSet::new();
+        let is_original = |key: &str| CURVES.iter().any(|(name, ..)| *name == key);
         for (i, line) in text.split_inclusive('\n').enumerate() {
             if line.trim().is_empty() {
                 continue;
@@ -53,6 +62,10 @@ impl TrainingLog {
                 let Some(value) = value.as_f64() else { continue };
                 let curve = match log.curves.iter().position(|(name, _)| name == key) {
                     Some(curve) => curve,
+                    None if log.curves.len() >= MAX_NAMES && !is_original(key) => {
+                        left_out.insert(key.clone());
+                        continue;
+                    }
                     None => {
                         log.curves.push((key.clone(), vec![f64::NAN; log.steps.len()]));
                         log.curves.len() - 1
@@ -63,6 +76,7 @@ impl TrainingLog {
             log.steps.push(step);
             log.curves.iter_mut().for_each(|(_, values)| values.resize(log.steps.len(), f64::NAN));
         }
+        log.left_out = left_out.len();
         Ok(log)
     }
 
@@ -94,6 +108,16 @@ mod tests {
         assert!(log.curve("loss").unwrap()[2].is_nan());
         assert_eq!(log.curve("lr").unwrap()[2], 1e-3);
         assert_eq!(log.curve("note"), None);
+    }
+
+    #[test]
+    fn names_beyond_the_limit_are_counted_and_the_originals_are_kept() {
+        let line = |i: usize| format!("{{\"step\": {i}, \"k{i}\": 1, \"k0\": 2}}\n");
+        let text: String = (0..MAX_NAMES + 100).map(line).collect();
+        let log = TrainingLog::from_jsonl(&(text + "{\"step\": 1000, \"loss\": 3.0, \"k163\": 1}\n")).unwrap();
+        assert_eq!((log.curves.len(), log.left_out), (MAX_NAMES + 1, 100));
+        assert_eq!(log.curve("loss").unwrap().last(), Some(&3.0));
+        assert_eq!((log.curve("k63").map(<[f64]>::len), log.curve("k64")), (Some(MAX_NAMES + 101), None));
     }
 
     #[test]

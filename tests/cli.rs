@@ -1,0 +1,135 @@
+//! What the verbs beside `train` do with their options and outputs.
+#![cfg(feature = "cli")]
+
+use crosscoder::{Config, CrossCoder, Tensor, Values, checkpoint, npy};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A directory of its own for a test, with a checkpoint `c` of d_in 4 and activations `a.npy` of `rows` rows.
+fn folder(name: &str, rows: usize) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("crosscoder-cli-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(dir.join("c")).unwrap();
+    let mut cfg = Config::default();
+    cfg.set("d_in", 4);
+    cfg.set("dict_size", 8);
+    CrossCoder::new(cfg).unwrap().save(&checkpoint::numbered(&dir.join("c"), 0)).unwrap();
+    save(&dir.join("a.npy"), &[rows, 2, 4]);
+    dir
+}
+
+fn save(path: &Path, shape: &[usize]) {
+    let values = (0..shape.iter().product()).map(|i: usize| (i * i % 1009) as f32 / 500.0 - 1.0).collect();
+    npy::write(std::fs::File::create(path).unwrap(), &Tensor::new(shape.to_vec(), Values::F32(values)).unwrap())
+        .unwrap();
+}
+
+/// Status, stdout, stderr.
+fn run(dir: &Path, args: &str) -> (i32, String, String) {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_crosscoder")).args(args.split(' ')).current_dir(dir).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+fn refused(dir: &Path, args: &str, say: &str) {
+    let (status, _, stderr) = run(dir, args);
+    assert!(status == 2 && stderr.contains(say), "{args}: {status} {stderr}");
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+#[cfg(unix)]
+fn only_files_are_replaced() {
+    let dir = folder("replaced", 8);
+    let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, dir.join(name)).unwrap();
+    assert!(Command::new("mkfifo").args([dir.join("pipe"), dir.join("pipe.pt")]).status().unwrap().success());
+    std::fs::create_dir(dir.join("folder")).unwrap();
+    std::fs::write(dir.join("file"), "old").unwrap();
+    link("nowhere", "dangling");
+    link("nowhere", "dangling.pt");
+    link("pipe", "to-pipe");
+    link("file", "to-file");
+    let before = names(&dir);
+    for name in ["pipe", "folder", "dangling", "to-pipe"] {
+        for force in ["", " --force"] {
+            refused(&dir, &format!("report c --out {name}{force}"), "it is not replaced");
+        }
+        refused(&dir, &format!("report c --svg folder --csv {name} --force"), "it is not replaced");
+    }
+    refused(&dir, "convert c pipe.pt --force", "it is not replaced");
+    refused(&dir, "convert c dangling.pt --force", "it is not replaced");
+    refused(&dir, "encode c a.npy --out dangling.pt", "is there already");
+    refused(&dir, "encode c a.npy --out pipe.pt", "is there already");
+    refused(&dir, "report c --csv to-file", "--force replaces it");
+    assert_eq!((names(&dir), names(&dir.join("folder"))), (before, vec![]));
+    // Of a link the file is replaced.
+    assert_eq!(run(&dir, "report c --csv to-file --force").0, 0);
+    assert!(dir.join("to-file").is_symlink());
+    assert!(std::fs::read_to_string(dir.join("file")).unwrap().starts_with("latent,"));
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn all_outputs_or_none() {
+    let dir = folder("outputs", 8);
+    let before = names(&dir);
+    refused(&dir, "report c --out r --csv ./r", "is the same file as");
+    refused(&dir, "report c --out r --json c/../r --force", "is the same file as");
+    refused(&dir, "report c --json j --out no/x.html", "there is no folder no");
+    refused(&dir, "report c --json - --csv -", "may be -");
+    refused(&dir, "encode c a.npy --out no/x.pt", "there is no folder no");
+    refused(&dir, "encode c a.npy --out x.npy", "--out must be named .pt or .safetensors, found 'x.npy'");
+    assert_eq!(names(&dir), before);
+    // The names of charts are known when they are made.
+    refused(&dir, "report c --svg s --out ./s/cosine.svg", "is the same file as");
+    assert_eq!(names(&dir.join("s")), [""; 0]);
+    let (status, stdout, stderr) = run(&dir, "report c --svg s --out s/o.html --csv - --json j.json");
+    assert_eq!((status, stderr.lines().count(), stdout.lines().count()), (0, 5, 9), "{stderr}");
+    assert_eq!(names(&dir.join("s")), ["cosine.svg", "decoder_norm.svg", "o.html", "relative_decoder_norm.svg"]);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn the_limit_of_rows_at_a_time_is_the_defaults() {
+    let dir = folder("batch", 6000);
+    let eval = |option: &str| run(&dir, &format!("eval c a.npy{option}")).1;
+    let report = |option: &str| {
+        let text = run(&dir, &format!("report c a.npy --json -{option}")).1;
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["activations"]["batch_size"].as_u64()
+    };
+    // The cfg says 4096: two batches of 3000.
+    assert_eq!((eval(""), eval(" --batch-size 4096")), (eval(" --batch-size 3000"), eval(" --batch-size 3000")));
+    assert_ne!(eval(" --batch-size 6000"), eval(" --batch-size 3000"), "about the mean of all rows");
+    assert_eq!((report(""), report(" --batch-size 6000")), (Some(3000), Some(6000)));
+    for verb in ["eval c a.npy", "report c a.npy", "encode c a.npy --out o.pt"] {
+        refused(&dir, &format!("{verb} --batch-size 0"), "--batch-size needs 1 or more, found 0");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn messages_name_file_and_option() {
+    let dir = folder("messages", 8);
+    save(&dir.join("b.npy"), &[3, 3, 4]);
+    let (status, _, stderr) = run(&dir, "eval c b.npy");
+    let say = "b.npy, row 0: the activations are [n, 3, 4]; the crosscoder needs [n, 2, 4]";
+    assert!(status == 1 && stderr.contains(say), "{stderr}");
+    refused(&dir, "report c --name one --out n.html", "--name: the crosscoder reads 2 models, found 1 names");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_case_beyond_memory_is_refused() {
+    let dir = std::env::temp_dir();
+    for case in ["4,8,18446744073709551615,2", "4,8,9223372036854775808,2", "99999999999,99999999999,1,2"] {
+        refused(&dir, &format!("bench --case={case} --dtype fp32 --op encode"), "GB of memory at least");
+    }
+    refused(&dir, "bench --case 4,8,x,2,2", "--case needs D_IN,DICT_SIZE,BATCH,L0");
+}
