@@ -982,19 +982,25 @@ fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
     #[cfg(feature = "cli")]
     {
         let out = path.with_extension("safetensors");
-        let convert = || {
-            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
-            let output = command.arg("convert").args([&path, &out]).output().unwrap();
-            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
-        };
-        let (code, said) = convert();
-        assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
-        assert!(!out.exists());
-        std::fs::write(&path, file(20)).unwrap();
-        assert_eq!(convert(), (Some(0), String::new()));
+        assert_convert_refuses_the_work(&path, &out, &file(20));
         std::fs::remove_file(out).unwrap();
     }
     std::fs::remove_file(path).unwrap();
+}
+
+/// `convert` refuses the file at `path` for the work that it makes, and does what is asked with `less` in its place.
+#[cfg(feature = "cli")]
+fn assert_convert_refuses_the_work(path: &std::path::Path, out: &std::path::Path, less: &[u8]) {
+    let convert = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+        let output = command.arg("convert").args([path, out]).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, said) = convert();
+    assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
+    assert!(!out.exists());
+    std::fs::write(path, less).unwrap();
+    assert_eq!(convert(), (Some(0), String::new()));
 }
 
 /// Each view is within the limit of one; all of them are not.
@@ -1022,16 +1028,7 @@ fn views_are_not_expanded_far_beyond_the_file() {
     #[cfg(feature = "cli")]
     {
         let out = folder.join("out.safetensors");
-        let convert = || {
-            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
-            let output = command.arg("convert").args([&path, &out]).output().unwrap();
-            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
-        };
-        let (code, said) = convert();
-        assert!(code == Some(1) && said.contains("and all records together have"), "{code:?} {said}");
-        assert!(!out.exists());
-        std::fs::write(&path, file(2)).unwrap();
-        assert_eq!(convert(), (Some(0), String::new()));
+        assert_convert_refuses_the_work(&path, &out, &file(2));
     }
     std::fs::remove_dir_all(folder).unwrap();
 }

@@ -451,17 +451,9 @@ mod tests {
     use super::*;
     use crate::backend::Backend;
     use crate::backend::cpu::kernels::Level;
+    use crate::backend::cpu::kernels::tests::numbers;
     use crate::sparse::Path;
     use crate::tensor::Values;
-
-    /// Numbers in [-1, 1) from a linear congruential generator.
-    fn numbers(n: usize, mut state: u64) -> Vec<f32> {
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
 
     /// The bits of `encode` and how many there are, at this level and path.
     fn encode(level: Level, path: Path, x: &[f32], w: &[f32], b: &[f32]) -> Vec<u32> {

@@ -1095,7 +1095,8 @@ fn add_lanes<T: Scalar, const FMA: bool>(acc: &mut Lanes<T>, row: &Lanes<T>, oth
     }
 }
 
-/// `segments` adds up 16 of them side by side.
+/// `segments` adds up 16 of them side by side. It is written out for each number of rows: one loop over any number made a step with
+/// a fifth of the latents on take 1.09 s instead of 1.00 s (`crosscoder bench --case 768,8192,1024,1638 --op step`, AVX2).
 #[inline(always)]
 fn dots_body<'a, T: Scalar, const N: usize>(
     len: usize,
@@ -1666,12 +1667,11 @@ mod avx512 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// Numbers in [-1, 1) from a linear congruential generator.
-    fn numbers(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
+    pub(in crate::backend::cpu) fn numbers(n: usize, mut state: u64) -> Vec<f32> {
         let mut next = || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0

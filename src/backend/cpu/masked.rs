@@ -22,8 +22,9 @@ use ndarray::Axis;
 /// 768,8192,1024,L0 --op decode` took 0.307 s, dense 0.439 s, where half of them were; 0.412 s and 0.429 s at a share of 0.73.
 const MASKED_SHARE: f64 = 0.75;
 
-/// The latents' gradient is computed product by product where at most this share of them is not zero: with AVX2 a step of 768, 8192,
-/// 1024 took 1.58 s so, 1.62 s by tiles where half of them were, 1.0 s and 1.24 s where a fifth were.
+/// The latents' gradient is computed product by product where at most this share of them is not zero. With AVX2, two cores, `crosscoder
+/// bench --case 768,8192,1024,L0 --op step` took 1.00 s so and 1.20 s by tiles where a fifth of them were, 1.58 s and 1.59 s where
+/// half were.
 const SUPPORT_SHARE: f64 = 0.5;
 
 /// Rows of the reconstruction's gradient that stay in the second-level cache meanwhile.
@@ -221,17 +222,9 @@ impl<T: Scalar> Cpu<T> {
 mod tests {
     use super::*;
     use crate::backend::cpu::kernels::Level;
+    use crate::backend::cpu::kernels::tests::numbers;
     use crate::backend::{Backend, Write};
     use crate::dtype::Dtype;
-
-    /// Numbers in [-1, 1) from a linear congruential generator.
-    fn numbers(n: usize, mut state: u64) -> Vec<f32> {
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
 
     fn cpu(level: Level, threads: usize) -> Cpu<f32> {
         Cpu::new(Dtype::F32).with_level(level).with_threads(threads)
