@@ -26,8 +26,7 @@
 //!
 //! A case can be no test of training: where rounding decides the sign of one pre-activation, a step goes one way or the other, and
 //! whoever adds up in another order, be it PyTorch with the rows permuted, ends up further away than any honest tolerance. Many
-//! steps, a large `lr` and a large dictionary make that likely. It shows in `train.*` and in gradients of checkpoints that were
-//! trained before; nothing else misses then.
+//! steps, a large `lr` and a large dictionary make that likely. It shows in `train.*`, `train.final.*` above all.
 
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Scalar};

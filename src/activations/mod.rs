@@ -267,7 +267,7 @@ impl Activations {
         let mut value = Values::with_capacity(self.dtype, 1);
         value.push_le_bytes(bytes.chunks_exact(self.dtype.size_bytes()).nth(index).unwrap_or_default());
         let (model, value) = (model_name(model, self.n_models), value.to_f64().first().copied().unwrap_or(f64::NAN));
-        let not = if value.is_finite() { "finite in float32, in which rows are computed with" } else { "finite" };
+        let not = if value.is_finite() { "finite in float32, which rows are computed in" } else { "finite" };
         let what = format!("model {model}, element {element}: {value:?} is not {not}");
         let row = at.saturating_add(row);
         Err(Error::new(ErrorKind::NonFinite, what).at(self.place(row)))
