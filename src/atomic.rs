@@ -57,19 +57,16 @@ pub struct Output {
     empty: Receiver<Vec<u8>>,
 }
 
-impl Output {
-    fn pass_on(&mut self) -> io::Result<()> {
-        let next = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(PIECE_BYTES));
-        // Where the other thread has failed, its error is the one that is reported.
-        let full = std::mem::replace(&mut self.piece, next);
-        self.full.send(full).map_err(|_| io::Error::other("an earlier write failed"))
-    }
+fn pass_on(to: &SyncSender<Vec<u8>>, piece: Vec<u8>) -> io::Result<()> {
+    // Where the other thread has failed, its error is the one that is reported.
+    to.send(piece).map_err(|_| io::Error::other("an earlier write failed"))
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.piece.len() >= PIECE_BYTES {
-            self.pass_on()?;
+            let next = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(PIECE_BYTES));
+            pass_on(&self.full, std::mem::replace(&mut self.piece, next))?;
         }
         let n = bytes.len().min(PIECE_BYTES.saturating_sub(self.piece.len()));
         self.piece.extend_from_slice(bytes.get(..n).unwrap_or_default());
@@ -108,10 +105,11 @@ fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Res
             joined(syncing)
         });
         let writing = writing.map_err(|e| Error::io("cannot start a thread", e))?;
-        let mut out = Output { piece: Vec::new(), full, empty };
+        let mut out = Output { piece: Vec::with_capacity(PIECE_BYTES), full, empty };
         let result = content(&mut out);
-        let last = out.pass_on();
-        drop(out);
+        let Output { piece, full, .. } = out;
+        let last = pass_on(&full, piece);
+        drop(full);
         joined(writing).map_err(|e| Error::io("cannot write", e))?;
         result?;
         last.map_err(|e| Error::io("cannot write", e))

@@ -14,6 +14,7 @@ are as many as then, and if the newest checkpoint is read. Needs Linux's /proc.
 
 import json
 import pathlib
+import random
 import re
 import signal
 import subprocess
@@ -44,6 +45,20 @@ def prune(version):
     return numbers[-1] + 1 if numbers else 0
 
 
+def sparse_activations(path, rows, d_in, features=128, on=3):
+    """A .npy [rows, 2, d_in]: sums of a few directions, of which each model lacks every fourth. Most latents fall silent within
+    the first minute, so that training passes through each way of holding them, dense to sparse, and has the memory for all."""
+    rng = random.Random(1)
+    direction = lambda: [rng.gauss(0, 1) for _ in range(d_in)]
+    directions = [direction() + direction() if i % 4 < 2 else direction() + [0.0] * d_in for i in range(features)]
+    directions[3::4] = [d[d_in:] + d[:d_in] for d in directions[3::4]]
+    values = []
+    for _ in range(rows):
+        parts = [(rng.uniform(0.5, 1.5), d) for d in rng.sample(directions, on)]
+        values += [rng.gauss(0, 0.1) + sum(s * d[i] for s, d in parts) for i in range(2 * d_in)]
+    common.write_npy(path, (rows, 2, d_in), values)
+
+
 def main():
     p = common.parser(__doc__)
     p.add_argument("--hours", type=float, default=2)
@@ -51,8 +66,10 @@ def main():
     args = p.parse_args()
     dir = common.folder(args)
     acts, out = dir / "acts.npy", dir / "out"
-    common.activations(acts, 20_000, 64)
-    keys = "--dict_size 512 --batch_size 128 --buffer_mult 16 --num_tokens 1000000000000 --save_every 500 --log_every 50 --threads 1"
+    sparse_activations(acts, 20_000, 64)
+    # At most 800 steps a second: l1_coeff rises over the first twentieth of them.
+    tokens = int(max(args.hours * 3600 * 800, 2 * args.steps)) * 128
+    keys = f"--dict_size 512 --batch_size 128 --buffer_mult 16 --num_tokens {tokens} --lr 0.001 --l1_coeff 4 --save_every 500 --log_every 50 --threads 1"
     log = (dir / "train.log").open("w")
     child = subprocess.Popen([args.program, "train", str(acts), "--out", str(out), *keys.split()], stdout=log, stderr=log)
     version, running, wall, last = out / "version_0", 0.0, time.monotonic(), time.monotonic()
