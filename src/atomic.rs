@@ -17,7 +17,7 @@
 
 use crate::error::{Error, Result};
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,6 +36,8 @@ pub struct Staged {
     temporary: PathBuf,
     path: PathBuf,
     placed: bool,
+    /// Locked until it is in its place, so that [`remove_leftovers`] of another process leaves it alone.
+    file: File,
 }
 
 /// Bytes are handed to the system in pieces of this size.
@@ -116,7 +118,8 @@ fn fill(mut file: &File, content: impl FnOnce(&mut Output) -> Result<()>) -> Res
     })
 }
 
-/// Writes a file beside `path` (beside what it leads to, if it is a link) and syncs it.
+/// Writes a file beside `path` (beside what it leads to, if it is a link) and syncs it. It has the permissions of a file that
+/// is there.
 ///
 /// # Errors
 /// What `content` returns; a folder that cannot be written to, a full disk. No temporary file is left then.
@@ -126,9 +129,16 @@ pub fn stage(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Re
     let place = if path.is_symlink() { path.canonicalize().map_err(cannot)? } else { path.to_owned() };
     let temporary = temporary_for(&place)?;
     let file = File::create_new(&temporary).map_err(cannot)?;
-    let staged = Staged { temporary, path: place, placed: false };
-    fill(&file, content).map_err(|e| e.in_file(path))?;
-    file.sync_all().map_err(cannot)?;
+    // Where a file system has no locks or permissions, it goes without. (Elsewhere than on Unix, a lock keeps readers away too.)
+    if cfg!(unix) {
+        let _ = file.try_lock();
+    }
+    if let Ok(old) = place.metadata() {
+        let _ = file.set_permissions(old.permissions());
+    }
+    let staged = Staged { temporary, path: place, placed: false, file };
+    fill(&staged.file, content).map_err(|e| e.in_file(path))?;
+    staged.file.sync_all().map_err(cannot)?;
     Ok(staged)
 }
 
@@ -255,8 +265,7 @@ pub fn create_folders(folder: &Path) -> Result<()> {
         Err(e) => match folder.parent() {
             Some(parent) if e.kind() == std::io::ErrorKind::NotFound && parent != Path::new("") => {
                 create_folders(parent)?;
-                std::fs::create_dir(folder).map_err(cannot)?;
-                sync_folder(folder)
+                create_folders(folder)
             }
             _ => Err(cannot(e)),
         },
@@ -271,13 +280,17 @@ pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     };
     // Only Unix lets a folder be opened and synced.
     if cfg!(unix) {
-        let sync = File::open(folder).and_then(|f| f.sync_all());
-        sync.map_err(|e| Error::io("cannot sync the folder", e).in_file(folder))?;
+        match File::open(folder).and_then(|f| f.sync_all()) {
+            // Some file systems cannot sync a folder, and say so with EINVAL.
+            Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {}
+            synced => synced.map_err(|e| Error::io("cannot sync the folder", e).in_file(folder))?,
+        }
     }
     Ok(())
 }
 
-/// Removes temporary files that a killed process left in `folder`. Only for a folder that no other process writes to.
+/// Removes temporary files that a killed process left in `folder`; where the file system has locks, not those that another
+/// process is writing.
 ///
 /// # Errors
 /// If the folder cannot be listed or a leftover cannot be removed.
@@ -285,12 +298,21 @@ pub fn remove_leftovers(folder: &Path) -> Result<()> {
     let cannot = |e| Error::io("cannot clean up", e).in_file(folder);
     for entry in std::fs::read_dir(folder).map_err(cannot)? {
         let entry = entry.map_err(cannot)?;
-        if is_leftover(&entry.file_name()) {
-            std::fs::remove_file(entry.path())
-                .map_err(|e| Error::io("cannot remove a leftover", e).in_file(&entry.path()))?;
+        let is_file = entry.file_type().map_err(cannot)?.is_file();
+        if !is_leftover(&entry.file_name()) || is_file && is_locked(&entry.path()) {
+            continue;
+        }
+        match std::fs::remove_file(entry.path()) {
+            // It was put into its place meanwhile.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.map_err(|e| Error::io("cannot remove a leftover", e).in_file(&entry.path()))?,
         }
     }
     Ok(())
+}
+
+fn is_locked(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
 }
 
 fn is_leftover(name: &OsStr) -> bool {
@@ -353,6 +375,48 @@ mod tests {
             (names(&folder), names(&folder.join("far"))),
             (vec!["dangling".into(), "far".into(), "link".into()], vec!["a".into()])
         );
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_is_being_written_is_no_leftover() {
+        let folder = folder("leftovers");
+        let path = folder.join("a.txt");
+        let staged = stage(&path, |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
+        std::fs::write(folder.join(".b.txt.1-0.crosscoder-tmp"), "").unwrap();
+        remove_leftovers(&folder).unwrap();
+        staged.place().unwrap();
+        assert_eq!(names(&folder), ["a.txt"]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn permissions_stay() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = folder("permissions");
+        let path = folder.join("a.txt");
+        let new = || write(&path, |w| w.write_all(b"new").map_err(|e| Error::io("x", e))).unwrap();
+        new();
+        for mode in [0o600, 0o644, 0o440] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            new();
+            assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, mode);
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn folders_are_made_by_several_at_once() {
+        let folder = folder("at-once");
+        for round in 0..50 {
+            let deep = folder.join(format!("{round}/a/b/c"));
+            std::thread::scope(|scope| {
+                let threads = [0; 4].map(|_| scope.spawn(|| create_folders(&deep)));
+                threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+            });
+        }
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -39,7 +39,7 @@ use crate::normalisation::{estimate, factors, set_factors};
 use crate::pt::TensorSource;
 use crate::threads::beside;
 use crate::trainer::{LogRow, Schedule, Trainer, betas};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -101,7 +101,7 @@ pub struct Run {
     dir: PathBuf,
     state: State,
     keep_going: bool,
-    _lock: Lock,
+    lock: Lock,
 }
 
 impl Run {
@@ -118,7 +118,7 @@ impl Run {
         };
         let state = State::new(cfg);
         state.write(&dir.join(RESUME), None)?;
-        Ok(Run { dir, state, keep_going: false, _lock: lock })
+        Ok(Run { dir, state, keep_going: false, lock })
     }
 
     /// The newest run in `out`, to go on with; none if there is none.
@@ -136,7 +136,7 @@ impl Run {
             return Err(Error::usage(format!("holds no {RESUME}: nothing says how to go on")).in_file(&dir));
         }
         let state = State::read(&path)?;
-        Ok(Some(Run { dir, state, keep_going: false, _lock: lock }))
+        Ok(Some(Run { dir, state, keep_going: false, lock }))
     }
 
     /// The same run; it goes on where loss or gradient is not finite, as the original does.
@@ -147,6 +147,11 @@ impl Run {
     /// The cfg: for a run that goes on, the one it began with.
     pub fn cfg(&self) -> &Config {
         &self.state.cfg
+    }
+
+    /// Whether other runs are kept away from the directory. Some file systems have no locks.
+    pub fn is_locked(&self) -> bool {
+        self.lock.locked
     }
 
     /// `out/version_K`
@@ -199,10 +204,10 @@ impl Run {
         let cfg = self.state.cfg.clone();
         let (log_every, save_every) = (cfg.size("log_every")? as u64, cfg.size("save_every")? as u64);
         let mut trainer = self.trainer(backend, acts)?;
+        self.state.check_data(Data::of(acts)?)?;
         if self.state.finished {
             return Ok(trainer.into_crosscoder());
         }
-        self.state.check_data(Data::of(acts)?)?;
         let factors = match factors(&cfg)? {
             Some(factors) => factors,
             None => match estimate(acts, HeldOut::from_cfg(&cfg)?, cfg.size("batch_size")?, stop)? {
@@ -284,11 +289,16 @@ impl Run {
             let weights = initial_weights(cfg.seed()?, sizes.0, sizes.1, sizes.2, cfg.enc_dtype()?, norm)?;
             return Trainer::new(CrossCoder::from_tensors(backend, cfg.clone(), weights)?);
         };
-        let crosscoder = match self.state.weights.take() {
-            Some(weights) => CrossCoder::from_tensors(backend, cfg.clone(), weights)?,
-            None => CrossCoder::load_files(backend, &checkpoint::numbered(&self.dir, number))?,
+        let weights = match self.state.weights.take() {
+            Some(weights) => weights,
+            None => {
+                let files = checkpoint::numbered(&self.dir, number);
+                let (found, weights) = checkpoint::read(&files)?;
+                check_cfg(cfg, &found).map_err(|e| e.in_file(&files.cfg))?;
+                weights
+            }
         };
-        let trainer = Trainer::new(crosscoder)?;
+        let trainer = Trainer::new(CrossCoder::from_tensors(backend, cfg.clone(), weights)?)?;
         match self.state.moments.take() {
             Some(moments) => trainer.resumed(self.state.step, moments),
             None => Ok(trainer),
@@ -319,6 +329,7 @@ impl Run {
             None => 0,
         };
         let files = checkpoint::numbered(&self.dir, number);
+        self.lock.check().map_err(saving)?;
         trainer.crosscoder().save(&files).map_err(saving)?;
         let interim = !finished && !step.is_multiple_of(self.state.cfg.size("save_every")? as u64);
         let mut state = State {
@@ -477,14 +488,27 @@ pub fn check(cfg: &Config, acts: &Activations) -> Result<()> {
     Ok(())
 }
 
+/// A run goes on with the cfg that it began with. One that was changed beside a checkpoint would not be what it was trained with.
+fn check_cfg(ours: &Config, found: &Config) -> Result<()> {
+    let show = |cfg: &Config, key: &str| cfg.get(key).map_or("not there".to_owned(), |value| value.to_string());
+    for key in ours.keys().keys().chain(found.keys().keys()) {
+        let (needed, found) = (show(ours, key), show(found, key));
+        if needed != found {
+            return Err(Error::config(format!("is {found}; the run goes on with {needed}, see {RESUME}")).at(key));
+        }
+    }
+    Ok(())
+}
+
 fn dynamic<'a, B: Backend>(sources: &'a [Source<'_, B>; 4]) -> [&'a dyn TensorSource; 4] {
     sources.each_ref().map(|source| source as &dyn TensorSource)
 }
 
 /// The newest version directory, freed from what a crash has left there.
 fn newest(out: &Path) -> Result<Option<PathBuf>> {
-    let Some(&version) = checkpoint::versions(out)?.last() else { return Ok(None) };
-    let dir = checkpoint::version_dir(out, version);
+    let versions = checkpoint::versions(out)?.into_iter().rev();
+    let newest = versions.map(|version| checkpoint::version_dir(out, version)).find(|dir| dir.is_dir());
+    let Some(dir) = newest else { return Ok(None) };
     atomic::remove_leftovers(&dir)?;
     Ok(Some(dir))
 }
@@ -496,7 +520,11 @@ fn is_empty(dir: &Path) -> Result<bool> {
 
 /// A file that is locked as long as this lives.
 #[derive(Debug)]
-struct Lock(#[expect(dead_code, reason = "the lock is given back when the file closes")] File);
+struct Lock {
+    path: PathBuf,
+    file: File,
+    locked: bool,
+}
 
 impl Lock {
     fn take(out: &Path) -> Result<Self> {
@@ -504,15 +532,49 @@ impl Lock {
         let path = out.join(".lock");
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(|e| Error::io("cannot open for writing", e).in_file(&path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Lock(file)),
-            Err(std::fs::TryLockError::WouldBlock) => {
+        let locked = match file.try_lock() {
+            Ok(()) => true,
+            Err(TryLockError::WouldBlock) => {
                 let what = "another run is training into this directory; wait for it, stop it, or choose another";
-                Err(Error::new(ErrorKind::Locked, what).in_file(out))
+                return Err(Error::new(ErrorKind::Locked, what).in_file(out));
             }
-            Err(std::fs::TryLockError::Error(e)) => Err(Error::io("cannot lock", e).in_file(&path)),
+            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => false,
+            Err(TryLockError::Error(e)) => return Err(Error::io("cannot lock", e).in_file(&path)),
+        };
+        Ok(Lock { path, file, locked })
+    }
+
+    /// That the directory's lock is still the one that was taken. A directory that was moved or emptied is nobody's or another
+    /// run's: where the file is gone nobody has come since, and it is made and locked again.
+    fn check(&mut self) -> Result<()> {
+        if !self.path.exists() {
+            let new =
+                File::create_new(&self.path).map_err(|e| Error::io("cannot make it again", e).in_file(&self.path))?;
+            self.locked = new.try_lock().is_ok();
+            self.file = new;
+        }
+        match is_same(&self.file, &self.path) {
+            true => Ok(()),
+            false => {
+                let what = "is another file than this run had locked: another run may be training into this directory";
+                Err(Error::new(ErrorKind::Locked, what).in_file(&self.path))
+            }
         }
     }
+}
+
+/// Whether the open file is the one at `path`.
+#[cfg(unix)]
+fn is_same(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |metadata: std::io::Result<Metadata>| metadata.ok().map(|m| (m.dev(), m.ino()));
+    id(file.metadata()) == id(path.metadata())
+}
+
+/// Elsewhere an open file is not moved or removed.
+#[cfg(not(unix))]
+fn is_same(_: &File, _: &Path) -> bool {
+    true
 }
 
 /// The lines of `metrics.jsonl`.
@@ -526,11 +588,11 @@ impl Log {
     /// Opens the log and cuts it back to its first `bytes`.
     fn open(path: &Path, bytes: u64) -> Result<Self> {
         let io = |e| Error::io("cannot open for writing", e).in_file(path);
-        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(io)?;
-        let found = file.metadata().map_err(io)?.len();
+        let found = path.metadata().map_or(0, |metadata| metadata.len());
         if found < bytes {
             return Err(Error::format(format!("has {found} bytes; the run had written {bytes}")).in_file(path));
         }
+        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(io)?;
         file.set_len(bytes).map_err(io)?;
         std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(bytes)).map_err(io)?;
         Ok(Log { path: path.to_owned(), file: std::io::BufWriter::new(file), bytes })

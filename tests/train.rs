@@ -4,6 +4,7 @@ use crosscoder::activations::Activations;
 use crosscoder::analysis::{DecoderNorms, Thresholds, activation_stats};
 use crosscoder::backend::Cpu;
 use crosscoder::buffer::{Buffer, HeldOut, Refresh};
+use crosscoder::checkpoint;
 use crosscoder::evaluation::{Batches, dead, evaluate};
 use crosscoder::init::initial_weights;
 use crosscoder::normalisation::{estimate, factors, fold, set_factors};
@@ -256,13 +257,65 @@ fn numbers_that_overflow_stop_the_run_and_leave_the_last_checkpoint() {
 fn other_activations_or_sizes_are_refused_when_a_run_goes_on() {
     let (acts, out) = (activations(150, 6), folder("other"));
     train(Run::create(&out, cfg(&[])).unwrap(), &acts, 5).unwrap();
-    for other in [activations(151, 6), activations(150, 7)] {
-        let error = train(Run::resume(&out).unwrap().unwrap(), &other, u64::MAX).err().unwrap();
-        assert!(error.to_string().contains("other activations"), "{error}");
+    // A run that is over is not evaluated on another set either.
+    for stop_at in [5, u64::MAX] {
+        train(Run::resume(&out).unwrap().unwrap(), &acts, stop_at).unwrap();
+        for other in [activations(151, 6), activations(150, 7)] {
+            let error = train(Run::resume(&out).unwrap().unwrap(), &other, u64::MAX).err().unwrap();
+            assert!(error.to_string().contains("other activations"), "{error}");
+        }
     }
     let error = train(Run::create(&out, cfg(&[])).unwrap(), &activations(150, 7), u64::MAX).err().unwrap();
     assert!(error.to_string().contains("the activations have d_in 7, the cfg 6"), "{error}");
     std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn a_cfg_that_was_changed_beside_its_checkpoint_is_refused() {
+    let (acts, out) = (activations(150, 6), folder("changed"));
+    // A regular checkpoint, whose parameters are not in the state.
+    train(Run::create(&out, cfg(&[])).unwrap(), &acts, 9).unwrap();
+    let path = out.join("version_0/0_cfg.json");
+    let mut changed = checkpoint::read_cfg(&path).unwrap();
+    changed.set("lr", 0.5);
+    std::fs::write(&path, changed.to_json()).unwrap();
+    let error = train(Run::resume(&out).unwrap().unwrap(), &acts, u64::MAX).err().unwrap().to_string();
+    assert!(error.contains("0_cfg.json") && error.contains("lr") && error.contains("is 0.5; the run"), "{error}");
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+#[cfg(unix)]
+fn a_run_writes_nothing_into_a_directory_that_is_not_its_own_any_more() {
+    let (acts, whole) = (activations(150, 6), folder("undisturbed"));
+    train(Run::create(&whole, cfg(&[])).unwrap(), &acts, u64::MAX).unwrap();
+    // Trains, and does something after step 12.
+    let disturbed = |out: &Path, disturb: &mut dyn FnMut()| {
+        let run = Run::create(out, cfg(&[])).unwrap();
+        let backend = backend(&run);
+        run.train(backend, &acts, &NEVER, |event| match event {
+            Event::Step { step: 12, .. } => disturb(),
+            _ => (),
+        })
+    };
+    let (out, moved) = (folder("taken"), folder("moved"));
+    let mut other = None;
+    let ended = disturbed(&out, &mut || {
+        std::fs::rename(&out, &moved).unwrap();
+        other = Some((Run::create(&out, cfg(&[])).unwrap(), files(&out.join("version_0"))));
+    });
+    let error = ended.err().unwrap();
+    assert!(error.kind() == ErrorKind::Locked && error.to_string().contains("step 18: cannot save"), "{error}");
+    assert_eq!(files(&out.join("version_0")), other.unwrap().1);
+    assert!(moved.join("version_0/0.pt").exists());
+    // Where the lock was removed and nobody has come, it is taken again.
+    std::fs::remove_dir_all(&out).unwrap();
+    disturbed(&out, &mut || std::fs::remove_file(out.join(".lock")).unwrap()).unwrap();
+    assert!(out.join(".lock").exists());
+    assert_eq!(files(&out.join("version_0")), files(&whole.join("version_0")));
+    for out in [out, moved, whole] {
+        std::fs::remove_dir_all(&out).unwrap();
+    }
 }
 
 #[test]

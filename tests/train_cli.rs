@@ -421,6 +421,10 @@ fn above_the_largest_version_is_none() {
     let largest = dir.join(format!("version_{}", usize::MAX));
     std::fs::create_dir(&largest).unwrap();
     std::fs::write(largest.join("x"), "").unwrap();
+    // Files that are named so are none, and what is to go on says so.
+    std::fs::write(dir.join("version_9"), "").unwrap();
+    let output = run(&["--out", &text(&dir), "--resume"]);
+    assert!(stderr(&output).contains("holds no resume.pt"), "{}", stderr(&output));
     let output = run(&["--out", &text(&dir)]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("no version above version_"), "{}", stderr(&output));

@@ -36,7 +36,8 @@ model, A's first; or a directory of such files. Without ACTS it trains on a smal
   --val-fraction F   the share of rows, evenly spread, that is never trained on [0.05; built-in set 0.1]
   --original-refresh the buffer reads nothing after its first fill, as it happens in the original
   --out DIR          where version_0, version_1, … are made [checkpoints]
-  --resume           goes on with the newest version in DIR, bit for bit, on the same ACTS
+  --resume           goes on with the newest version in DIR, bit for bit, on the same ACTS (of which shape, dtype and 64 rows
+                     are compared)
   --keep-going-on-nan
                      goes on where a loss or gradient is not finite, as the original does, instead of stopping
   --threads N        threads [all cores]; the result does not depend on it
@@ -111,6 +112,10 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         Some(run) => run,
         None => Run::create(&out, cfg)?,
     };
+    if !run.is_locked() {
+        let what = "has no locks on this file system: nothing keeps another run from training into it";
+        let _ = writeln!(std::io::stderr(), "warning: {} {what}", out.display());
+    }
     let run = if asked.keep_going { run.keep_going() } else { run };
     match picked {
         Picked::Cpu(backend, _) => {
