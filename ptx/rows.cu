@@ -150,6 +150,11 @@ __device__ void adam(u64 n, typename E::T* __restrict__ p, const typename E::T* 
                      typename E::T* __restrict__ m, typename E::T* __restrict__ v, float clip, float one_minus_beta1,
                      float beta2, float one_minus_beta2, float step_size, float bias_correction2_sqrt, float eps) {
     constexpr u32 L = E::LANES;
+    // A mask that the compiler cannot see through: of a condition it makes two loops.
+    const bool near_g = one_minus_beta1 >= 0.5f;
+    const float weight = near_g ? one_minus_beta1 - 1.0f : one_minus_beta1;
+    u32 of_g;
+    asm("mov.b32 %0, %1;" : "=r"(of_g) : "r"(near_g ? ~0u : 0u));
     pieces<L, 1>(n, element(), elements(), true, [&](u64 i, bool whole, u32 left) {
         float ps[L], gs[L], ms[L], vs[L];
         load<E>(p + i, whole, left, ps);
@@ -159,7 +164,8 @@ __device__ void adam(u64 n, typename E::T* __restrict__ p, const typename E::T* 
 #pragma unroll
         for (u32 l = 0; l < L; l++) {
             const float gi = r<E>(clip * gs[l]);
-            ms[l] = r<E>(multiply_add<E>(one_minus_beta1, gi - ms[l], ms[l]));
+            const float from = __uint_as_float(__float_as_uint(gi) & of_g | __float_as_uint(ms[l]) & ~of_g);
+            ms[l] = r<E>(multiply_add<E>(weight, gi - ms[l], from));
             vs[l] = r<E>(multiply_add<E>(one_minus_beta2 * gi, gi, r<E>(beta2 * vs[l])));
             const float denom = r<E>(r<E>(r<E>(sqrtf(vs[l])) / bias_correction2_sqrt) + eps);
             ps[l] = ps[l] - step_size * ms[l] / denom;

@@ -25,7 +25,8 @@ impl Evaluation {
 
 /// Rows of a set in batches of nearly equal size, each row scaled with its model's factor.
 ///
-/// Explained variances compare a row with the mean of its batch, so a batch of one leftover row would make them -inf.
+/// Explained variances compare a row with the mean of its batch, so a batch of one row makes them -inf: there is none but in a
+/// set of one row, or where batches have at most one or, of an odd number of rows, two.
 pub struct Batches<'a> {
     acts: &'a Activations,
     pub(crate) rows: Vec<usize>,
@@ -46,7 +47,13 @@ impl<'a> Batches<'a> {
     pub fn for_each<S: Scalar>(&self, mut f: impl FnMut(&[S]) -> Result<()>) -> Result<()> {
         let (mut batch, mut piece) = (Vec::new(), Vec::new());
         let count = self.rows.len().div_ceil(self.batch_size).max(1);
-        for rows in self.rows.chunks(self.rows.len().div_ceil(count).max(1)) {
+        let mut left = &self.rows[..];
+        for i in (1..=count).rev() {
+            // Of those that are left, an equal share, rounded up.
+            let rows = left.split_off(..left.len().div_ceil(i)).unwrap_or_default();
+            if rows.is_empty() {
+                break;
+            }
             batch.clear();
             for run in rows.chunk_by(|a, b| a + 1 == *b) {
                 for run in run.chunks(self.acts.rows_per_piece()) {
@@ -98,10 +105,10 @@ pub fn dead<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Re
     batches.for_each::<B::Scalar>(|values| {
         backend.fill(values.len() / width, width, values, &mut x)?;
         crosscoder.encode_on(&x, &mut acts)?;
-        // Latents are 0 or more: a sum is 0 where all are.
+        // Latents are 0 or more, or nan: a sum is 0 where all are.
         backend.latents_column_sums(&acts, &mut sums)?;
         backend.download(&sums, 0, &mut host)?;
-        alive.iter_mut().zip(&host).for_each(|(alive, &sum)| *alive |= sum > B::Scalar::default());
+        alive.iter_mut().zip(&host).for_each(|(alive, &sum)| *alive |= sum != B::Scalar::default());
         Ok(())
     })?;
     Ok(alive.into_iter().filter(|alive| !alive).count())

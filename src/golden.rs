@@ -22,7 +22,8 @@
 //! For explained variances `S` is at least 1; they err most where a row lies close to the batch mean, hence their larger `c`.
 //!
 //! Elements that are not finite: where `KEY` and `exact.KEY` both are not, ours is the same as one of them, the judge's as
-//! `exact.KEY`; where one of the two is, the element is not compared; where both are finite, ours is finite.
+//! `exact.KEY`; where one of the two is, the element is not compared, but for the judge's with a finite `exact.KEY`; where both
+//! are finite, ours is finite.
 //!
 //! A case can be no test of training: where rounding decides the sign of one pre-activation, a step goes one way or the other, and
 //! whoever adds up in another order, be it PyTorch with the rows permuted, ends up further away than any honest tolerance. Many

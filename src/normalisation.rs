@@ -81,7 +81,8 @@ pub fn estimate(
     }
     let factor = |(m, sum): (usize, f64)| {
         let factor = (acts.d_in() as f64).sqrt() / (sum / count as f64);
-        if !factor.is_finite() || factor as f32 == 0.0 {
+        // Rows are multiplied in float32.
+        if !(factor as f32).is_finite() || factor as f32 == 0.0 {
             let model = model_name(m, acts.n_models());
             return Err(Error::shape(format!("model {model}'s rows have a mean norm of {}", sum / count as f64)));
         }
@@ -105,7 +106,8 @@ pub fn scale_rows(factors: &[f32], d_in: usize, rows: &mut [f32]) {
 /// A key that holds no list of positive numbers.
 pub fn factors(cfg: &Config) -> Result<Option<Vec<f64>>> {
     let Some(value) = cfg.get(FACTOR_KEY) else { return Ok(None) };
-    let numbers = value.as_array().map(|list| list.iter().map(|v| v.as_f64().filter(|f| f.is_finite() && *f > 0.0)));
+    let positive = |v: &Value| v.as_f64().filter(|&f| (f as f32).is_finite() && f > 0.0);
+    let numbers = value.as_array().map(|list| list.iter().map(positive));
     match numbers.and_then(|numbers| numbers.collect::<Option<Vec<f64>>>()) {
         Some(factors) => Ok(Some(factors)),
         None => Err(Error::config(format!("cfg key {FACTOR_KEY:?} needs a list of positive numbers, found {value}"))),

@@ -1,9 +1,9 @@
 //! Adam and gradient clipping, with the arithmetic of PyTorch's single-tensor path.
 //!
 //! Checked operation by operation against PyTorch 2.15 on the CPU: in float16 and bfloat16 the formulas of
-//! [`Backend::adam`] give PyTorch's bits but for some three elements in a million. In float32 PyTorch fuses the product and the
-//! sum of the two moments (`m = fma(1 - beta1, g - m, m)`, `v = fma((1 - beta2) · g, g, v)`) where we round both; `p` has
-//! its bits. The total norm differs by the order of the sum; the coefficient has its bits.
+//! [`Backend::adam`] give PyTorch's bits but for some three elements in a million. In float32 `m` and `v` have its bits where the
+//! processor fuses a product and a sum, as PyTorch does; `p` may differ in the last place, since PyTorch's square root is not
+//! correctly rounded everywhere. The total norm differs by the order of the sum; the coefficient has its bits.
 
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{AdamStep, Backend, Scalar, Shaped};
@@ -34,7 +34,7 @@ pub struct Clip<S> {
 /// ```text
 /// norm_i = r(‖grad_i‖)
 /// total  = r(√(Σ norm_i²))
-/// coef   = min(r(r(1 / r(total + 1e-6)) · max_norm), 1)
+/// coef   = min(r(r(1 / r(total + r(1e-6))) · max_norm), 1)
 /// ```
 ///
 /// Gradients are left as they are: [`Backend::adam`] multiplies with `coef`, also where it is 1, as PyTorch does.
@@ -54,7 +54,7 @@ pub fn clip_grad_norm<B: Backend>(
     }
     let total: f64 = norms.iter().map(|n| n.wide() * n.wide()).sum();
     let total_norm = backend.round(narrow(total.sqrt()));
-    let reciprocal = backend.round(narrow(1.0) / backend.round(total_norm + narrow(CLIP_EPS)));
+    let reciprocal = backend.round(narrow(1.0) / backend.round(total_norm + backend.round(narrow(CLIP_EPS))));
     let coef = backend.round(reciprocal * narrow(max_norm));
     // `coef > 1` is false for nan: torch.clamp passes nan on.
     let coef = if coef > narrow(1.0) { narrow(1.0) } else { coef };
@@ -128,7 +128,8 @@ impl<B: Backend> Adam<B> {
             one_minus_beta2: narrow(1.0 - self.beta2),
             step_size: narrow(lr / bias_correction1),
             bias_correction2_sqrt: narrow(bias_correction2.sqrt()),
-            eps: narrow(ADAM_EPS),
+            // A number that is added to a tensor is rounded to its dtype; one that multiplies it is not.
+            eps: backend.round(narrow(ADAM_EPS)),
         };
         let Moments { exp_avg, exp_avg_sq } = &mut self.moments;
         let moments = exp_avg.each_mut().into_iter().zip(exp_avg_sq.each_mut());

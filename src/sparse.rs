@@ -16,7 +16,8 @@
 //! no formula here can see), **provided `y` is finite**: `0 · inf` and `0 · nan` are nan. So the terms that are left out
 //! are the same in exact arithmetic and in floating point, and only the order of the remaining sums may differ from a dense
 //! product. That holds for any number of zeros: where half of the latents are on, half of the terms can be left out. Where an
-//! operand is not finite, backends take the dense product, and nan spreads as it does in the original.
+//! operand is not finite, backends take the dense product, and nan spreads as it does in the original (but for the gradient of
+//! `t`, where the factor of the l1 loss is not finite).
 
 /// Which way latents are held after `encode`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

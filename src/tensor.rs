@@ -244,7 +244,8 @@ impl Values {
         (0..self.len()).filter_map(|i| self.get_f64(i)).collect()
     }
 
-    /// The elements in a float type, rounded to nearest even once; moved, not copied, if they are of that type already.
+    /// The elements in a float type, rounded to nearest even, float64 to half precision by way of float32, as PyTorch does; moved,
+    /// not copied, if they are of that type already.
     ///
     /// # Errors
     /// An integer type.

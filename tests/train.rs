@@ -2,12 +2,14 @@
 
 use crosscoder::activations::Activations;
 use crosscoder::analysis::{DecoderNorms, Thresholds, activation_stats};
-use crosscoder::backend::Cpu;
+use crosscoder::autodiff::Parameters;
+use crosscoder::backend::{Backend, Cpu};
 use crosscoder::buffer::{Buffer, HeldOut, Refresh};
 use crosscoder::checkpoint;
 use crosscoder::evaluation::{Batches, dead, evaluate};
 use crosscoder::init::initial_weights;
 use crosscoder::normalisation::{estimate, factors, fold, set_factors};
+use crosscoder::optim::{Adam, clip_grad_norm};
 use crosscoder::rng::Mt19937;
 use crosscoder::run::{Ended, Event, Run};
 use crosscoder::trainer::{Schedule, Trainer};
@@ -481,6 +483,58 @@ fn a_model_of_zeros_has_no_factor() {
     let acts = Activations::from_tensor("rows", tensor).unwrap();
     let error = estimate(&acts, HeldOut::default(), 4, &NEVER).unwrap_err().to_string();
     assert!(error.contains("model B's rows have a mean norm of 0"), "{error}");
+}
+
+#[test]
+fn rows_too_small_for_a_factor_in_float32_are_refused() {
+    let tensor = Tensor::new(vec![4, 2, 1], Values::F32(vec![1e-44; 8])).unwrap();
+    let acts = Activations::from_tensor("rows", tensor).unwrap();
+    let error = estimate(&acts, HeldOut::default(), 4, &NEVER).unwrap_err().to_string();
+    assert!(error.contains("model A's rows have a mean norm of 0.0000"), "{error}");
+}
+
+#[test]
+fn an_evaluation_has_no_batch_of_one_leftover_row() {
+    for (rows, batch_size, sizes) in
+        [(13, 4, &[4, 3, 3, 3][..]), (12, 4, &[4; 3]), (5, 2, &[2, 2, 1]), (5, 8, &[5]), (1, 4, &[1]), (0, 4, &[])]
+    {
+        let acts = counting(rows.max(1));
+        let mut found = Vec::new();
+        let batches = Batches::new(&acts, (0..rows).collect(), batch_size, &[1.0, 1.0]);
+        batches.for_each::<f32>(|x| Ok(found.push(x.len() / acts.width()))).unwrap();
+        assert_eq!(found, sizes);
+    }
+}
+
+#[test]
+fn what_adam_and_the_clip_add_is_rounded_to_the_dtype() {
+    // As PyTorch rounds a number that is added to a tensor. For these gradients it makes a difference.
+    let r = |x: f32| half::bf16::from_f32(x).to_f32();
+    let backend = Cpu::<f32>::new(Dtype::BF16);
+    let mut differ = 0;
+    for i in 0..200u16 {
+        let g = half::bf16::from_bits(0x3380 + i); // From 6e-8 on.
+        let matrix = |values: Vec<half::bf16>| backend.upload(1, values.len(), Values::BF16(values)).unwrap();
+        let four = |v: half::bf16| Parameters::from_each([0; 4].map(|_| matrix(vec![v])));
+        let (mut params, grads) = (four(half::bf16::ZERO), four(g));
+        let clip = clip_grad_norm(&backend, &grads, 1.0).unwrap();
+        let total = r((4.0 * f64::from(g.to_f32()).powi(2)).sqrt() as f32);
+        assert_eq!(clip.coef, r(1.0 / r(total + r(1e-6))).min(1.0));
+        let mut adam = Adam::new(&backend, &params, 0.9, 0.999).unwrap();
+        adam.step(&backend, &mut params, &grads, &clip, 1e-3).unwrap();
+        let mut found = [0f32];
+        backend.download(&params.b_dec, 0, &mut found).unwrap();
+        let g = r(clip.coef * g.to_f32());
+        let m = r((1.0 - 0.9f64) as f32 * g);
+        let v = r((1.0 - 0.999f64) as f32 * g * g);
+        let p = |eps: f32| {
+            let denominator = r(r(r(v.sqrt()) / (1.0 - 0.999f64).sqrt() as f32) + eps);
+            r(0.0 - (1e-3 / (1.0 - 0.9f64)) as f32 * m / denominator)
+        };
+        assert_eq!(found[0], p(r(1e-8)));
+        differ += usize::from(p(r(1e-8)) != p(1e-8));
+    }
+    assert!(differ > 0, "the gradients show nothing");
 }
 
 #[test]

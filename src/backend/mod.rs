@@ -309,7 +309,7 @@ pub trait Backend: Clone + Send + Sync {
     ///
     /// ```text
     /// g' = r(clip · g)
-    /// m  = r(m + (1 - beta1) · (g' - m))
+    /// m  = r(m + (1 - beta1) · (g' - m)), or where 1 - beta1 ≥ 1/2, as in `lerp_`, r(g' + ((1 - beta1) - 1) · (g' - m))
     /// v  = r(r(beta2 · v) + (1 - beta2) · g' · g')
     /// p  = r(p - step_size · m / r(r(r(√v) / bias_correction2_sqrt) + eps))
     /// ```
@@ -351,6 +351,6 @@ pub struct AdamStep<S> {
     pub step_size: S,
     /// `√(1 - beta2^step)`, formed in float64.
     pub bias_correction2_sqrt: S,
-    /// 1e-8 by default. In float16 it is 0, as in PyTorch: there a gradient of 0 makes a parameter nan.
+    /// 1e-8 by default, rounded to the dtype. In float16 it is 0, as in PyTorch: there a gradient of 0 makes a parameter nan.
     pub eps: S,
 }

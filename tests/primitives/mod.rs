@@ -244,6 +244,34 @@ pub fn check<B: Backend>(be: &B, [batch, h, models, d]: [usize; 4]) {
 }
 
 pub fn check_adam<B: Backend>(be: &B) {
+    for weight in [0.25, 0.75] {
+        check_adam_with(be, weight);
+    }
+    // What is left of the moment is what the gradient is, be the moment ever so large.
+    let n = B::Scalar::narrow;
+    let step = AdamStep { one_minus_beta1: n(1.0), ..adam_step(be) };
+    let (mut m, mut v, mut p) =
+        (upload(be, 1, 2, &[2e4, -2e4]), upload(be, 1, 2, &[1.0; 2]), upload(be, 1, 2, &[0.0; 2]));
+    let mut g = B::Matrix::default();
+    be.fill(1, 2, &[n(0.001953125), n(0.0)], &mut g).unwrap();
+    be.adam(&mut p, &g, &mut m, &mut v, &step).unwrap();
+    assert_eq!(values(be, &m), [0.0009765625, 0.0]);
+}
+
+fn adam_step<B: Backend>(be: &B) -> AdamStep<B::Scalar> {
+    let n = B::Scalar::narrow;
+    AdamStep {
+        clip: n(0.5),
+        one_minus_beta1: n(0.25),
+        beta2: n(0.75),
+        one_minus_beta2: n(0.25),
+        step_size: n(0.125),
+        bias_correction2_sqrt: n(0.5),
+        eps: be.round(n(1e-8)),
+    }
+}
+
+fn check_adam_with<B: Backend>(be: &B, weight: f64) {
     let (rows, cols, mut rng) = (37, 129, Rng(3));
     let n = rows * cols;
     let (p, g) = (cast(be, rng.vec(n)), cast(be, rng.vec(n)));
@@ -251,21 +279,12 @@ pub fn check_adam<B: Backend>(be: &B) {
     let (mut pm, mut mm, mut vm) = (upload(be, rows, cols, &p), upload(be, rows, cols, &m), upload(be, rows, cols, &v));
     let mut gm = B::Matrix::default();
     be.fill(rows, cols, &g.iter().map(|&v| B::Scalar::narrow(v)).collect::<Vec<_>>(), &mut gm).unwrap();
-    let n = B::Scalar::narrow;
-    let step = AdamStep {
-        clip: n(0.5),
-        one_minus_beta1: n(0.25),
-        beta2: n(0.75),
-        one_minus_beta2: n(0.25),
-        step_size: n(0.125),
-        bias_correction2_sqrt: n(0.5),
-        eps: n(1e-8),
-    };
+    let step = AdamStep { one_minus_beta1: B::Scalar::narrow(weight), ..adam_step(be) };
     be.adam(&mut pm, &gm, &mut mm, &mut vm, &step).unwrap();
     let (mut np, mut nm, mut nv) = (vec![], vec![], vec![]);
     for i in 0..p.len() {
         let g = 0.5 * g[i];
-        nm.push(m[i] + 0.25 * (g - m[i]));
+        nm.push(m[i] + weight * (g - m[i]));
         nv.push(0.75 * v[i] + 0.25 * g * g);
         np.push(p[i] - 0.125 * nm[i] / (nv[i].sqrt() / 0.5 + 1e-8));
     }

@@ -538,9 +538,11 @@ fn adam_body<T: Scalar, const FMA: bool, R: Rounding>(
     v: &mut [T],
     step: &AdamStep<T>,
 ) {
+    let near_g = step.one_minus_beta1 >= T::narrow(0.5);
+    let weight = if near_g { step.one_minus_beta1 - T::one() } else { step.one_minus_beta1 };
     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = R::r(step.clip * g);
-        *m = R::r(fma::<T, FMA>(step.one_minus_beta1, g - *m, *m));
+        *m = R::r(fma::<T, FMA>(weight, g - *m, if near_g { g } else { *m }));
         *v = R::r(fma::<T, FMA>(step.one_minus_beta2 * g, g, R::r(step.beta2 * *v)));
         let denom = R::r(R::r(R::r(v.sqrt()) / step.bias_correction2_sqrt) + step.eps);
         *p = R::r(*p - step.step_size * *m / denom);

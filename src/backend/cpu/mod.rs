@@ -112,8 +112,8 @@ impl<T: Scalar> Cpu<T> {
         if elements < PARALLEL_ELEMENTS { 1 } else { self.threads }
     }
 
-    /// Whether products of these operands are carried out in pairs of bfloat16, which then lose nothing: all their elements
-    /// are bfloat16, as everything is that was rounded to the dtype.
+    /// Whether products of these operands are carried out in pairs of bfloat16, which then lose nothing but subnormals: all their
+    /// elements are bfloat16, as everything is that was rounded to the dtype.
     fn in_pairs(&self) -> bool {
         self.dtype == Dtype::BF16 && self.level().has_pairs() && self.r(T::narrow(1.0 + 2f64.powi(-20))) == T::one()
     }
