@@ -334,7 +334,7 @@ impl<'a> Buffer<'a> {
     }
 
     /// Goes on where `state` was taken from a buffer of the same size over the same set; reads its rows again.
-    /// False if `stop` was set meanwhile.
+    /// False, and nothing is changed, if `stop` was set meanwhile.
     ///
     /// # Errors
     /// A state of a buffer of another size or over another set; those of [`Activations::read`].
@@ -345,17 +345,11 @@ impl<'a> Buffer<'a> {
         {
             return Err(Error::format("the buffer's saved state does not fit this set and buffer size"));
         }
-        self.pointer = state.pointer;
-        self.next_row = state.next_row;
-        self.rng = state.rng;
-        if state.rows.is_empty() {
-            return Ok(true);
-        }
         // In the set's order, so that neighbours are read together.
         let row_bytes = self.acts.row_bytes();
         let mut wanted: Vec<(u64, u32)> = state.rows.iter().copied().zip(0u32..).collect();
         wanted.sort_unstable();
-        self.bytes = vec![0; self.len() * row_bytes];
+        let mut all = vec![0; state.rows.len() * row_bytes];
         let mut piece = Vec::new();
         let mut wanted = &wanted[..];
         while let Some(&(first, _)) = wanted.first() {
@@ -368,12 +362,13 @@ impl<'a> Buffer<'a> {
             self.acts.read(first as usize, (end - first) as usize, &mut piece)?;
             for &(row, slot) in &wanted[..here] {
                 let bytes = &piece[(row - first) as usize * row_bytes..][..row_bytes];
-                self.bytes[slot as usize * row_bytes..][..row_bytes].copy_from_slice(bytes);
+                all[slot as usize * row_bytes..][..row_bytes].copy_from_slice(bytes);
             }
             wanted = &wanted[here..];
         }
         self.slots = (0..self.len() as u32).collect();
-        self.rows = state.rows;
+        self.rows = if state.rows.is_empty() { vec![0; self.len()] } else { state.rows };
+        (self.bytes, self.pointer, self.next_row, self.rng) = (all, state.pointer, state.next_row, state.rng);
         Ok(true)
     }
 }

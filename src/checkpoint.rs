@@ -230,10 +230,10 @@ impl<B: Backend> CrossCoder<B> {
         Self::from_tensors(backend, cfg, weights)
     }
 
-    /// [`CrossCoder::load`] on any backend.
+    /// [`CrossCoder::load`] on any backend, in whose dtype the weights are held.
     ///
     /// # Errors
-    /// As there; a backend of another dtype than the cfg's.
+    /// As there.
     pub fn load_on(backend: B, path: impl AsRef<Path>) -> Result<Self> {
         Self::load_files(backend, &find(path.as_ref())?)
     }
@@ -295,6 +295,9 @@ impl<B: Backend> CrossCoder<B> {
 /// # Errors
 /// As [`CrossCoder::save`].
 pub fn write(files: &Files, cfg: &Config, parameters: [&dyn TensorSource; 4]) -> Result<()> {
+    if files.weights == files.cfg {
+        return Err(Error::usage("is to be both weights and cfg").in_file(&files.cfg));
+    }
     let weights = atomic::stage(&files.weights, |out| {
         let named: Vec<(&str, &dyn TensorSource)> = PARAMETER_NAMES.into_iter().zip(parameters).collect();
         if is_safetensors(&files.weights) {

@@ -113,7 +113,8 @@ impl Config {
     }
 
     fn ill_typed(key: &str, needed: &str, found: &Value) -> Error {
-        Error::config(format!("cfg key {key:?} needs {needed}, found {} {found}", kind(found)))
+        let found = if found.is_null() { "null".to_owned() } else { format!("{} {found}", kind(found)) };
+        Error::config(format!("cfg key {key:?} needs {needed}, found {found}"))
     }
 
     /// A key that holds a count: an integer from 0.

@@ -115,12 +115,13 @@ pub struct CrossCoder<B: Backend = Cpu> {
 impl<B: Backend> CrossCoder<B> {
     /// A crosscoder with these weights: `W_enc` [n_models, d_in, d_hidden], `W_dec` [d_hidden, n_models, d_in], `b_enc`
     /// \[d_hidden\], `b_dec` [n_models, d_in], cast to the backend's dtype. No value is copied that already lies right: `W_enc`
-    /// as [d_hidden, n_models, d_in], which is how the original lays it out, in the backend's dtype.
+    /// as [d_hidden, n_models, d_in], which is how the original lays it out, in the backend's dtype. A cfg with another `enc_dtype`
+    /// gets the backend's.
     ///
     /// # Errors
     /// Shapes that contradict each other or the cfg's `d_in`, `dict_size` and, if it is there, `n_models`; integer weights; a
     /// cfg with a threshold that [`BatchTopK::from_cfg`] refuses.
-    pub fn from_tensors(backend: B, cfg: Config, weights: Parameters<Tensor>) -> Result<Self> {
+    pub fn from_tensors(backend: B, mut cfg: Config, weights: Parameters<Tensor>) -> Result<Self> {
         let [n_models, d_in, d_hidden] = checked_shape(&cfg, &weights)?;
         let width = n_models * d_in;
         let lying = |t: Tensor| t.into_row_major().into_values();
@@ -131,6 +132,11 @@ impl<B: Backend> CrossCoder<B> {
             b_dec: backend.upload(1, width, lying(weights.b_dec))?,
         };
         let batch_topk = BatchTopK::from_cfg(&cfg, n_models)?;
+        if let (Ok(dtype), Some(name)) = (cfg.enc_dtype(), backend.dtype().enc_name())
+            && dtype != backend.dtype()
+        {
+            cfg.set("enc_dtype", name);
+        }
         Ok(CrossCoder { backend, cfg, params, batch_topk, n_models, d_in, d_hidden })
     }
 
@@ -178,9 +184,9 @@ impl<B: Backend> CrossCoder<B> {
     /// # Errors
     /// x of another shape.
     pub fn encode(&self, x: ArrayView3<'_, B::Scalar>, apply_relu: bool) -> Result<Array2<B::Scalar>> {
-        let batch = x.dim().0;
+        let (batch, rows) = (x.dim().0, self.rows_of(x)?);
         let mut out = vec![B::Scalar::default(); batch * self.d_hidden];
-        self.encode_into(&self.rows_of(x)?, apply_relu, &mut out)?;
+        self.encode_into(&rows, apply_relu, &mut out)?;
         Ok(Array2::from_shape_vec((batch, self.d_hidden), out).expect("as many elements as the shape has"))
     }
 
@@ -251,9 +257,9 @@ impl<B: Backend> CrossCoder<B> {
     /// # Errors
     /// x of another shape.
     pub fn forward(&self, x: ArrayView3<'_, B::Scalar>) -> Result<Array3<B::Scalar>> {
-        let batch = x.dim().0;
+        let (batch, rows) = (x.dim().0, self.rows_of(x)?);
         let mut out = vec![B::Scalar::default(); batch * self.n_models * self.d_in];
-        self.forward_into(&self.rows_of(x)?, &mut out)?;
+        self.forward_into(&rows, &mut out)?;
         Ok(self.array3(batch, out))
     }
 

@@ -43,8 +43,13 @@ impl<'a> Batches<'a> {
     /// Calls `f` with the values of each batch, row-major [rows, n_models, d_in].
     ///
     /// # Errors
-    /// Those of `f` and of reading.
+    /// Another number of factors than models; those of `f` and of reading.
     pub fn for_each<S: Scalar>(&self, mut f: impl FnMut(&[S]) -> Result<()>) -> Result<()> {
+        let (n_models, found) = (self.acts.n_models(), self.factors.len());
+        if found != n_models {
+            let last = model_name(n_models - 1, n_models);
+            return Err(Error::shape(format!("{found} normalisation factors for the {n_models} models up to {last}")));
+        }
         let (mut batch, mut piece) = (Vec::new(), Vec::new());
         let count = self.rows.len().div_ceil(self.batch_size).max(1);
         let mut left = &self.rows[..];
@@ -55,7 +60,7 @@ impl<'a> Batches<'a> {
                 break;
             }
             batch.clear();
-            for run in rows.chunk_by(|a, b| a + 1 == *b) {
+            for run in rows.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
                 for run in run.chunks(self.acts.rows_per_piece()) {
                     self.acts.read_f32(run[0], run.len(), &mut piece)?;
                     batch.extend_from_slice(&piece);
@@ -121,11 +126,6 @@ pub(crate) fn check<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_
         let found = format!("[n, {}, {}]", acts.n_models(), acts.d_in());
         let what = format!("the activations are {found}; the crosscoder needs [n, {n_models}, {d_in}]");
         return Err(Error::shape(what).at(acts.place(0)));
-    }
-    if batches.factors.len() != n_models {
-        let last = model_name(n_models - 1, n_models);
-        let found = batches.factors.len();
-        return Err(Error::shape(format!("{found} normalisation factors for the {n_models} models up to {last}")));
     }
     if batches.rows.is_empty() {
         return Err(Error::shape("no rows to evaluate on"));

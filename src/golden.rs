@@ -193,6 +193,10 @@ fn train<B: Backend>(case: &Case, backend: B, put: &mut impl FnMut(&str, Vec<f64
     };
     let values: Vec<B::Scalar> = x.to_f64_vec().into_iter().map(B::Scalar::narrow).collect();
     let mut trainer = Trainer::new(CrossCoder::from_tensors(backend, case.cfg.clone(), weights)?)?;
+    let needed = (trainer.crosscoder().n_models(), trainer.crosscoder().d_in());
+    if (n_models, d_in) != needed {
+        return Err(Error::shape(format!("train.x has rows of shape {:?}; they are {needed:?}", (n_models, d_in))));
+    }
     let mut columns: Vec<(String, Vec<f64>)> = Vec::new();
     for acts in values.chunks_exact((batch * n_models * d_in).max(1)).take(steps) {
         let row = trainer.step(acts)?;
@@ -270,6 +274,9 @@ impl Case {
             let (torch, exact) = (self.tensor(key)?, self.tensor(&format!("exact.{key}"))?);
             let batch = self.batch_size(key)?;
             rows.push(row(outcome(key, ours, torch, exact, is_judge::<B>(), dtype, batch)));
+        }
+        if self.keys().next().is_none() {
+            return Err(Error::format("golden.pt holds nothing to compare with").at(&self.name));
         }
         Ok(rows)
     }

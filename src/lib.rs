@@ -29,6 +29,7 @@
 //! | --- | --- |
 //! | `cli` (default) | the program `crosscoder`, with `hub` |
 //! | `hub` | downloads from the Hugging Face hub, [`ureq`](https://docs.rs/ureq) and TLS |
+//! | `cuda` | the backend for NVIDIA GPUs; in a crate that depends on this one it needs a CUDA toolkit to build, or the patch that the README names |
 //!
 //! Without default features this is the library on the CPU: `ndarray`, `half`, `zip`, `serde_json` and what they bring, of
 //! which `crc32fast` and `zerocopy` are used here too.

@@ -93,8 +93,8 @@ pub fn estimate(
 
 /// `x[b,m,d] · factor[m]` in place; `rows` is row-major [batch, n_models, d_in] and `factors` has a factor per model.
 pub fn scale_rows(factors: &[f32], d_in: usize, rows: &mut [f32]) {
-    for row in rows.chunks_exact_mut(d_in.saturating_mul(factors.len())) {
-        for (x, &factor) in row.chunks_exact_mut(d_in).zip(factors) {
+    for row in rows.chunks_exact_mut(d_in.saturating_mul(factors.len()).max(1)) {
+        for (x, &factor) in row.chunks_exact_mut(d_in.max(1)).zip(factors) {
             x.iter_mut().for_each(|v| *v *= factor);
         }
     }

@@ -355,8 +355,9 @@ pub fn write<W: Write>(mut out: W, tensor: &dyn TensorSource) -> Result<W> {
         out.write_all(bytes).map_err(failed)
     })?;
     let needed = element_count(tensor.shape()).and_then(|n| (n as u64).checked_mul(dtype.size_bytes() as u64));
-    match needed == Some(written) {
-        true => Ok(out),
-        false => Err(Error::usage(format!("{written} bytes were given, the shape {shape} needs {needed:?}"))),
+    if needed == Some(written) {
+        return Ok(out);
     }
+    let needed = needed.map_or("more than there can be".to_owned(), |n| n.to_string());
+    Err(Error::usage(format!("{written} bytes were given, the shape {shape} needs {needed}")))
 }

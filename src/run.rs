@@ -203,6 +203,13 @@ impl Run {
     ) -> Result<CrossCoder<B>> {
         let cfg = self.state.cfg.clone();
         let (log_every, save_every) = (cfg.size("log_every")? as u64, cfg.size("save_every")? as u64);
+        if cfg.enc_dtype()? != backend.dtype() {
+            return Err(Error::usage(format!(
+                "the run is in {}, the backend in {}",
+                cfg.enc_dtype()?,
+                backend.dtype()
+            )));
+        }
         let mut trainer = self.trainer(backend, acts)?;
         self.state.check_data(Data::of(acts)?)?;
         if self.state.finished {
@@ -315,7 +322,7 @@ impl Run {
     ) -> Result<()> {
         let step = trainer.step_counter();
         let finished = step == trainer.schedule().total_steps;
-        // A run of no steps has its initial weights to save, as the original does.
+        // A run of no steps has its initial weights to save.
         if step == self.state.step && finished == self.state.finished {
             return Ok(());
         }

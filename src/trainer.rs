@@ -206,7 +206,7 @@ impl<B: Backend> Trainer<B> {
     /// numbers are not finite; [`Self::check`] between the two halves tells. Original: `step`. Golden: `train.*`.
     ///
     /// # Errors
-    /// Shapes that do not fit; those of the device.
+    /// Shapes that do not fit; a schedule of no steps; those of the device.
     pub fn step(&mut self, acts: &[B::Scalar]) -> Result<LogRow> {
         let gradients = self.backward(acts)?;
         self.update(gradients)
@@ -238,6 +238,9 @@ impl<B: Backend> Trainer<B> {
     }
 
     fn gradients(&mut self, losses: Losses) -> Result<Gradients<B::Scalar>> {
+        if self.schedule.total_steps == 0 {
+            return Err(Error::config("num_tokens is less than batch_size: there are no steps to take"));
+        }
         let loss = self.tape.add_scaled(losses.l2, self.schedule.l1_coeff(self.step_counter), losses.l1)?;
         self.tape.backward(loss, &self.crosscoder.params, &mut self.grads)?;
         let clip = clip_grad_norm(&self.crosscoder.backend, &self.grads, MAX_GRAD_NORM)?;

@@ -295,9 +295,10 @@ fn a_run_writes_nothing_into_a_directory_that_is_not_its_own_any_more() {
     let disturbed = |out: &Path, disturb: &mut dyn FnMut()| {
         let run = Run::create(out, cfg(&[])).unwrap();
         let backend = backend(&run);
-        run.train(backend, &acts, &NEVER, |event| match event {
-            Event::Step { step: 12, .. } => disturb(),
-            _ => (),
+        run.train(backend, &acts, &NEVER, |event| {
+            if matches!(event, Event::Step { step: 12, .. }) {
+                disturb();
+            }
         })
     };
     let (out, moved) = (folder("taken"), folder("moved"));
@@ -501,9 +502,62 @@ fn an_evaluation_has_no_batch_of_one_leftover_row() {
         let acts = counting(rows.max(1));
         let mut found = Vec::new();
         let batches = Batches::new(&acts, (0..rows).collect(), batch_size, &[1.0, 1.0]);
-        batches.for_each::<f32>(|x| Ok(found.push(x.len() / acts.width()))).unwrap();
+        let note = |x: &[f32]| {
+            found.push(x.len() / acts.width());
+            Ok(())
+        };
+        batches.for_each(note).unwrap();
         assert_eq!(found, sizes);
+        for factors in [&[][..], &[1.0], &[1.0; 3]] {
+            let error = Batches::new(&acts, vec![0], 4, factors).for_each::<f32>(|_| Ok(())).unwrap_err();
+            assert!(error.to_string().contains("factors for the 2 models"), "{error}");
+        }
     }
+}
+
+#[test]
+fn a_buffer_restored_in_vain_or_from_a_fresh_state_is_as_it_should_be() {
+    let acts = counting(40);
+    let new = || {
+        Buffer::new(&acts, HeldOut::default(), Refresh::ReadOn, 4, 16, &[1.0, 1.0], Mt19937::new(1).unwrap()).unwrap()
+    };
+    let next = |buffer: &mut Buffer<'_>| {
+        let mut batch = Vec::new();
+        assert!(buffer.next(&mut batch, &NEVER).unwrap());
+        batch
+    };
+    let (mut used, mut fresh) = (new(), new());
+    next(&mut used);
+    let state = used.state();
+    // Stopped while it reads: nothing is changed.
+    let mut stopped = new();
+    assert!(!stopped.restore(state, &AtomicBool::new(true)).unwrap());
+    assert!(used.restore(fresh.state(), &NEVER).unwrap());
+    let batch = next(&mut fresh);
+    assert_eq!(next(&mut stopped), batch);
+    assert_eq!(next(&mut used), batch);
+}
+
+#[test]
+fn a_backend_of_another_dtype_is_what_the_cfg_says_or_is_refused() {
+    let (acts, out) = (activations(150, 6), folder("dtype"));
+    let error = Run::create(&out, cfg(&[])).unwrap().train(Cpu::new(Dtype::BF16), &acts, &NEVER, |_| ()).err().unwrap();
+    assert!(error.to_string().contains("the run is in float32, the backend in bfloat16"), "{error}");
+    train(Run::create(&out, cfg(&[])).unwrap(), &acts, 9).unwrap();
+    let files = checkpoint::numbered(&out.join("version_1"), 0);
+    let narrow = CrossCoder::<Cpu>::load_files(Cpu::new(Dtype::BF16), &files).unwrap();
+    assert_eq!(narrow.cfg().enc_dtype().unwrap(), Dtype::BF16);
+    let one = checkpoint::Files { cfg: files.weights.clone(), ..files };
+    assert!(narrow.save(&one).unwrap_err().to_string().contains("both weights and cfg"));
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn no_step_is_taken_where_there_is_none() {
+    let cfg = cfg(&[("num_tokens", 3.into())]);
+    let mut trainer = Trainer::new(CrossCoder::new(cfg).unwrap()).unwrap();
+    let error = trainer.step(&[0.0; 12]).unwrap_err().to_string();
+    assert!(error.contains("no steps to take"), "{error}");
 }
 
 #[test]

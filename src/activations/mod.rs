@@ -287,7 +287,7 @@ impl Part {
                 let range = at.saturating_mul(row_bytes)..at.saturating_add(count).saturating_mul(row_bytes);
                 out.extend_from_slice(bytes.get(range).ok_or_else(|| Error::shape("these rows are not there"))?);
             }
-            Source::Files(files) if let [one] = &files[..] => one.read(at, count, out)?,
+            Source::Files(files) if files.len() == 1 => files.iter().try_for_each(|one| one.read(at, count, out))?,
             Source::Files(files) => {
                 let piece = row_bytes.checked_div(files.len()).unwrap_or(0);
                 let mut rows: Vec<Vec<u8>> = vec![Vec::new(); files.len()];

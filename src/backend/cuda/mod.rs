@@ -113,8 +113,8 @@ pub struct Cuda {
 impl Cuda {
     /// Device `ordinal`, counted from 0, storing and rounding in `dtype`.
     ///
-    /// # Errors [`crate::ErrorKind::Device`], with the reason: `no NVIDIA driver`, `no device`, `driver too old for
-    /// this module`, …
+    /// # Errors
+    /// [`crate::ErrorKind::Device`], with the reason: `no NVIDIA driver`, `no device`, `driver too old for this module`, …
     ///
     /// # Panics
     /// If `dtype` is not a float type that a crosscoder can have.
