@@ -15,6 +15,7 @@ use crate::tensor::{Tensor, Values};
 use crate::threads::{available, beside};
 use crate::trainer::Trainer;
 use ndarray::ArrayView3;
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// A shape and a sparsity to measure at.
@@ -360,8 +361,7 @@ impl<B: Backend> Bench<'_, B> {
 
     /// A checkpoint among the temporary files, which the system may keep in memory: what is timed is the work, not the disk.
     fn save_and_load(&self) -> Result<[Row; 2]> {
-        let dir = std::env::temp_dir().join(format!("crosscoder-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).map_err(|e| Error::io("cannot make a folder", e).in_file(&dir))?;
+        let dir = new_folder()?;
         let files = checkpoint::numbered(&dir, 0);
         let work = || -> Result<[f64; 2]> {
             let save = time(|| self.crosscoder.save(&files))?;
@@ -449,6 +449,19 @@ impl<B: Backend> Bench<'_, B> {
         // Weights are read three times and written once, of two moments each is read and written.
         let bytes = bench.bytes(16.0, batch, 4 * width);
         Ok(bench.row("step", batch, seconds, bytes, 5.0, value.unwrap_or_default()))
+    }
+}
+
+/// A folder among the temporary files that nobody else has: what is there already, be it a link, is left alone.
+fn new_folder() -> Result<PathBuf> {
+    let mut n = 0u32;
+    loop {
+        let dir = std::env::temp_dir().join(format!("crosscoder-bench-{}-{n}", std::process::id()));
+        match std::fs::create_dir(&dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => n += 1,
+            Err(e) => return Err(Error::io("cannot make a folder", e).in_file(&dir)),
+            Ok(()) => return Ok(dir),
+        }
     }
 }
 

@@ -87,9 +87,10 @@ fn all_outputs_or_none() {
     refused(&dir, "encode c a.npy --out no/x.pt", "there is no folder no");
     refused(&dir, "encode c a.npy --out x.npy", "--out must be named .pt or .safetensors, found 'x.npy'");
     assert_eq!(names(&dir), before);
-    // The names of charts are known when they are made.
+    // The names of charts are known when they are made. Of folders that were made for nothing none stays.
     refused(&dir, "report c --svg s --out ./s/cosine.svg", "is the same file as");
-    assert_eq!(names(&dir.join("s")), [""; 0]);
+    assert_eq!(run(&dir, "report nowhere --svg s/t/u").0, 1);
+    assert_eq!(names(&dir), before);
     let (status, stdout, stderr) = run(&dir, "report c --svg s --out s/o.html --csv - --json j.json");
     assert_eq!((status, stderr.lines().count(), stdout.lines().count()), (0, 5, 9), "{stderr}");
     assert_eq!(names(&dir.join("s")), ["cosine.svg", "decoder_norm.svg", "o.html", "relative_decoder_norm.svg"]);
@@ -122,6 +123,25 @@ fn messages_name_file_and_option() {
     let say = "b.npy, row 0: the activations are [n, 3, 4]; the crosscoder needs [n, 2, 4]";
     assert!(status == 1 && stderr.contains(say), "{stderr}");
     refused(&dir, "report c --name one --out n.html", "--name: the crosscoder reads 2 models, found 1 names");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+#[cfg(unix)]
+fn bench_writes_into_a_folder_of_its_own() {
+    let dir = folder("bench", 8);
+    std::fs::create_dir(dir.join("victim")).unwrap();
+    // Links of names that can be guessed: the shell's number becomes the program's.
+    let script = "ln -s victim crosscoder-bench-$$; ln -s victim crosscoder-bench-$$-0; exec \"$@\"";
+    let bench = ["bench", "--case", "4,8,4,2", "--dtype", "fp32", "--op", "save"];
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_crosscoder")]).args(bench);
+    let output = command.env("TMPDIR", &dir).current_dir(&dir).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains(",save,"), "it saved");
+    assert_eq!(names(&dir.join("victim")), [""; 0]);
+    let kept = names(&dir).into_iter().filter(|name| name.starts_with("crosscoder-bench-")).count();
+    assert_eq!(kept, 2, "the links stay, its own folder does not");
     std::fs::remove_dir_all(&dir).unwrap();
 }
 

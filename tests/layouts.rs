@@ -613,6 +613,33 @@ mod convert {
         assert_eq!((ok, said.as_str()), (true, "metadata left out: format, note\\r\n"));
     }
 
+    #[test]
+    fn what_a_cast_does_is_told() {
+        let folder = Folder::new("cast");
+        let (mut cfg, weights) = checkpoint::read(&checkpoint::find(&fixtures().join("original")).unwrap()).unwrap();
+        cfg.set("enc_dtype", "bf16");
+        let files = checkpoint::numbered(&folder.0, 0);
+        checkpoint::write(&files, &cfg, weights.each().map(|t| t as &dyn TensorSource)).unwrap();
+        let out = folder.0.join("out.pt");
+        let said = "W_enc is float32, written as bfloat16: the cfg's enc_dtype; --dtype asks for another\n";
+        assert_eq!(convert(&[folder.0.as_ref(), out.as_ref()]), (true, said.to_owned()));
+        let asked = ["--force", "--dtype", "fp32"].map(std::ffi::OsStr::new);
+        assert_eq!(convert(&[&[folder.0.as_ref(), out.as_ref()], &asked[..]].concat()), (true, String::new()));
+
+        let large = Values::F32(vec![1e10, 70000.0, f32::NEG_INFINITY, f32::NAN]);
+        let values = Tensor::new(vec![4], large).unwrap();
+        let from = folder.0.join("large.safetensors");
+        safetensors::write(std::fs::File::create(&from).unwrap(), &[("v", &values)], &[]).unwrap();
+        let asked = ["--force", "--dtype", "fp16"].map(std::ffi::OsStr::new);
+        let said = "v: 2 values too large for float16 are infinite\n";
+        assert_eq!(convert(&[&[from.as_ref(), out.as_ref()], &asked[..]].concat()), (true, said.to_owned()));
+        let mut weights = weights;
+        weights.b_enc = Tensor::new(vec![20], Values::F32(vec![1e10; 20])).unwrap();
+        checkpoint::write(&files, &cfg, weights.each().map(|t| t as &dyn TensorSource)).unwrap();
+        let said = "b_enc: 20 values too large for float16 are infinite\n";
+        assert_eq!(convert(&[&[folder.0.as_ref(), out.as_ref()], &asked[..]].concat()), (true, said.to_owned()));
+    }
+
     #[cfg(unix)]
     #[test]
     fn names_need_not_be_utf_8() {

@@ -165,6 +165,7 @@ def main():
             close(f"relative_decoder_norm_{m}", latents[f"relative_decoder_norm_{m}"], relative[:, m], 1e-12)
             histogram(f"histogram relative_decoder_norm_{m}", histograms[f"relative_decoder_norm_{m}"], relative[~np.isnan(relative[:, m]), m], 0.0, 1.0)
 
+    check("training is there if its log is", ("training" in report) == weights.with_name("metrics.jsonl").exists())
     if "training" in report:
         steps, curves = [], {}
         for line in weights.with_name("metrics.jsonl").read_text().splitlines():
@@ -237,7 +238,9 @@ def page_numbers(report, page, letters):
         expected |= {"No direction": sizes["no direction"]} if sizes["no direction"] else {}
         expected["Median cosine of shared"] = median(of("cosine")[group == "shared"])
         for name in ["A only", "B only"]:
-            if seen and f"Median \u03bd of {name}" in tiles:
+            scaled = seen and any(g == name and beta is not None for g, beta in zip(group, latents["beta_error_A"]))
+            check(f"page: median nu of {name} is there", bool(scaled) == (f"Median \u03bd of {name}" in tiles))
+            if f"Median \u03bd of {name}" in tiles:
                 texts = tiles.pop(f"Median \u03bd of {name}").split("/")
                 for text, key in zip(texts, ["nu_reconstruction", "nu_error"]):
                     same(f"median {key} of {name}", text, median(of(key)[group == name]))
@@ -251,7 +254,10 @@ def page_numbers(report, page, letters):
     if seen:
         for name, value in seen["losses"].items():
             found = re.search(f"<code>{name}</code></th><td>(.*?)</td>", content)
-            same(name, found[1] if found else "0", value)
+            if found:
+                same(name, found[1], value)
+            else:
+                check(f"page: {name} is there", False)
 
     # The table: 16 significant bits of each number, see src/report/page.rs.
     block = json.loads(re.search('<script id="data" type="application/json">(.*?)</script>', page)[1])
@@ -274,6 +280,7 @@ def page_numbers(report, page, letters):
         words[:, 1:] = part.reshape(count, 3)
         close(f"page: column {key}", list(words.reshape(-1).view("<f4").astype(float)), of(key), 2.0**-16 * (1 + 2**-8) * np.abs(np.nan_to_num(of(key))) + 1e-38)
     rows = [c for c in block["columns"] if c["type"] == "rows"]
+    check("page: strongest rows are there", len(rows) == bool(seen and any(latents["top_rows"])), len(rows))
     for column in rows:
         size, width = column["bytes"], column["count"] * column["bytes"]
         for h, top in enumerate(latents["top_rows"]):
@@ -360,6 +367,7 @@ def activation_numbers(report, cfg, p, dtype, paths, norms, w_dec, letters):
     ours = np.array(latents["fired"])
     bad = (ours < low) | (ours > high)
     check("fired", not bad.any(), f"{bad.sum()} latents")
+    check("fired: most latents as in torch", (ours == fired).mean() > 0.5, (ours == fired).mean())
     print(f"     {int((ours != fired).sum())} latents fire on another number of rows than in torch, within rounding of zero")
     close("density", latents["density"], ours / rows, 1e-15)
     check("dead", seen["dead"] == int((ours == 0).sum()))
@@ -408,6 +416,7 @@ def activation_numbers(report, cfg, p, dtype, paths, norms, w_dec, letters):
                     values = nu[(groups == group) & ~np.isnan(nu)]
                     histogram(f"histogram nu_{name}_of_{group}", histograms[f"nu_{name}_of_{group.replace(' ', '_')}"], values, -0.5, 1.5)
     for key in ["mean_when_active", "max"]:
+        check(f"histogram log10_{key}: is there", (f"log10_{key}" in histograms) == bool(ours.any()))
         if f"log10_{key}" in histograms:
             h = histograms[f"log10_{key}"]
             values = np.array([v for v, count in zip(latents[key], ours) if count and v is not None], dtype=float)

@@ -2,6 +2,7 @@
 
 use super::args;
 use crosscoder::atomic;
+use crosscoder::autodiff::PARAMETER_NAMES;
 use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::dtype::Dtype;
 use crosscoder::error::{Error, Result, printable};
@@ -10,7 +11,7 @@ use crosscoder::layouts::recognise;
 use crosscoder::normalisation;
 use crosscoder::pt::{self, Save, TensorSource};
 use crosscoder::safetensors;
-use crosscoder::tensor::Tensor;
+use crosscoder::tensor::{Tensor, Values};
 use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,8 @@ model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg, which
 are kept by their names, and the metadata of a .safetensors in another. Whatever else a file holds beside tensors (plain values in
 a .pt, metadata) is left out, and named on stderr.
 
-  --dtype D  casts float tensors, rounding to nearest even
+  --dtype D  casts float tensors, rounding to nearest even [of a checkpoint: the cfg's enc_dtype]. Values too large for D become
+             infinite, which is told on stderr
   --fold     folds the factors that activations were multiplied with in training (cfg key normalisation_factor) into the
              weights, which then take activations as they are
   --force    replaces OUT if it is there
@@ -78,13 +80,27 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool
     if fold {
         weights = normalisation::fold(&mut cfg, weights).map_err(|e| e.in_file(&files.cfg))?;
     }
+    let file = TensorFile::open(&files.weights)?;
     let dtype = match dtype {
         Some(dtype) => dtype,
-        None => cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?,
+        None => {
+            let dtype = cfg.enc_dtype().map_err(|e| e.in_file(&files.cfg))?;
+            if let Some(other) = file.tensors().iter().find(|t| t.shape.len() > 1 && t.dtype != dtype) {
+                let (from, name) = (other.dtype, printable(&other.name));
+                tell(format_args!(
+                    "{name} is {from}, written as {dtype}: the cfg's enc_dtype; --dtype asks for another"
+                ));
+            }
+            dtype
+        }
     };
     cfg.set("enc_dtype", dtype.enc_name().unwrap_or_default());
+    let before = weights.each().map(infinite);
     let tensors = checkpoint::cast(weights, dtype)?;
-    tell_left_out(&TensorFile::open(&files.weights)?, false)?;
+    for ((name, tensor), before) in PARAMETER_NAMES.iter().zip(tensors.each()).zip(before) {
+        tell_infinite(name, before, tensor);
+    }
+    tell_left_out(&file, false)?;
     checkpoint::write(&out, &cfg, tensors.each().map(|tensor| tensor as &dyn TensorSource))
 }
 
@@ -103,7 +119,12 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         let tensor = file.read_of_all(index)?;
         let is_float = matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
         let tensor = match dtype {
-            Some(dtype) if is_float => checkpoint::cast_tensor(tensor, dtype)?,
+            Some(dtype) if is_float => {
+                let before = infinite(&tensor);
+                let tensor = checkpoint::cast_tensor(tensor, dtype)?;
+                tell_infinite(&name, before, &tensor);
+                tensor
+            }
             _ => tensor,
         };
         tensors.push((name, tensor));
@@ -120,6 +141,29 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
     })
 }
 
+fn tell(what: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{what}");
+}
+
+/// How many values are infinite.
+fn infinite(tensor: &Tensor) -> usize {
+    match tensor.values() {
+        Values::F64(v) => v.iter().filter(|v| v.is_infinite()).count(),
+        Values::F32(v) => v.iter().filter(|v| v.is_infinite()).count(),
+        Values::F16(v) => v.iter().filter(|v| v.is_infinite()).count(),
+        Values::BF16(v) => v.iter().filter(|v| v.is_infinite()).count(),
+        _ => 0,
+    }
+}
+
+/// Tells how many values a cast made infinite; `before` were so.
+fn tell_infinite(name: &str, before: usize, tensor: &Tensor) {
+    let more = infinite(tensor).saturating_sub(before);
+    if more > 0 {
+        tell(format_args!("{}: {more} values too large for {} are infinite", printable(name), tensor.dtype()));
+    }
+}
+
 /// Names on stderr what a file holds beside tensors and the file to be written does not.
 fn tell_left_out(file: &TensorFile, keeps_metadata: bool) -> Result<()> {
     let mut values = Vec::new();
@@ -133,7 +177,7 @@ fn tell_left_out(file: &TensorFile, keeps_metadata: bool) -> Result<()> {
     let metadata: Vec<String> = metadata.iter().map(|(key, _)| printable(key)).collect();
     for (what, names) in [("plain values", values), ("metadata", metadata)] {
         if !names.is_empty() {
-            let _ = writeln!(std::io::stderr(), "{what} left out: {}", names.join(", "));
+            tell(format_args!("{what} left out: {}", names.join(", ")));
         }
     }
     Ok(())

@@ -109,15 +109,25 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if [&asked.out, &asked.json, &asked.csv].into_iter().flatten().filter(|path| is_stdout(path)).count() > 1 {
         return Err(Error::usage("one of --out, --json and --csv may be -"));
     }
+    // The folder for charts comes first, as other files may be asked for in it.
+    let is_new = |folder: &&Path| *folder != Path::new("") && !folder.exists();
+    let made: Vec<&Path> = asked.svg.iter().flat_map(|folder| folder.ancestors().take_while(is_new)).collect();
     if let Some(folder) = &asked.svg {
         std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create the folder", e).in_file(folder))?;
     }
+    make(&asked).inspect_err(|_| {
+        // None of those that were made for nothing stays, the innermost first; one with something in it does.
+        let _ = made.iter().try_for_each(std::fs::remove_dir);
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn make(asked: &Asked) -> Result<()> {
     args::may_write_all(asked.files(), asked.force)?;
     let files = args::checkpoint(&asked.paths[0])?;
     let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
-    let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, &asked))?;
-    write(&report, &asked)?;
-    Ok(ExitCode::SUCCESS)
+    let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, asked))?;
+    write(&report, asked)
 }
 
 fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) -> Result<Report> {

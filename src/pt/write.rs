@@ -161,7 +161,7 @@ impl<W: Write> Writer<W> {
         let stem = path.file_name().and_then(|n| n.to_str()).filter(|n| n.is_ascii());
         let stem = stem.map(|n| n.rsplit_once('.').map_or(n, |(stem, _)| stem));
         match stem {
-            Some(stem) if !stem.is_empty() && !stem.contains('\\') && stem.len() <= 1000 => stem.to_string(),
+            Some(stem) if !["", ".."].contains(&stem) && !stem.contains('\\') && stem.len() <= 1000 => stem.to_string(),
             _ => "archive".to_string(),
         }
     }

@@ -16,6 +16,8 @@ while :; do
     { time CROSSCODER_FUZZ=$target "$program" "corpus/$target" -max_total_time="$seconds" -timeout="${CROSSCODER_FUZZ_TIMEOUT:-5}" -rss_limit_mb=1024 \
       -artifact_prefix="artifacts/$target/" -max_len=8192 -print_final_stats=1 >/dev/null 2>"$log" || true; } 2>"$log.cpu"
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
+    # A program that does not start, or is stopped before its first execution, finds nothing either.
+    [ "${executions:-0}" -gt 0 ] || { echo "$target: nothing was executed; see $folder/$log" >&2 && exit 1; }
     cpu=$(awk '/^cpu/ {print $2 + $3}' "$log.cpu")
     reached=$(grep -aoE 'cov: [0-9]+ ft: [0-9]+' "$log" | tail -1 | awk '{print $2 "\t" $4}' || true)
     files=$(find "corpus/$target" -type f | wc -l)

@@ -53,6 +53,7 @@ def end():
     """The last line of each script, and its exit status."""
     if hasattr(with_torch, "worker"):
         with_torch.worker.shutdown()
+    check(passed, "anything was checked")
     print(f"{passed} passed, {len(failures)} failed")
     sys.exit(bool(failures))
 

@@ -32,6 +32,7 @@ import zipfile
 import common
 
 KEYS = "--dict_size 128 --batch_size 64 --buffer_mult 8 --num_tokens 76800 --save_every 20 --log_every 7 --lr 1e-3 --threads 1 --no-report"
+PIPE = 4096
 LONG = KEYS.replace("76800", "76800000")
 
 
@@ -44,7 +45,7 @@ class Trial:
         self.given = dir / "given.json"
         self.given.write_text('{"normalisation_factor": [1.0, 1.0]}')
         done = common.run(args, self.command("whole"))
-        common.check(done.returncode == 0, "the undisturbed run", done.stderr)
+        common.check(done.returncode == 0 and done.stdout, "the undisturbed run", done.stderr)
         self.whole = common.contents(dir / "whole/version_0")
 
     def command(self, out, keys=KEYS, acts=None):
@@ -103,6 +104,7 @@ def signals(trial):
         trial.readable("stopped", f"signal {k}")
         trial.ends_whole("stopped", f"signal {k}")
     print(f"signals: stopped within {slowest:.2f} s, at steps {sorted(at)}")
+    common.check(len(at) >= 10, "signals: enough met a run", at)
     common.check(slowest < 5, "signals: within 5 s", slowest)
     heavy_acts = trial.dir / "heavy.npy"
     common.activations(heavy_acts, 2000, 512)
@@ -131,35 +133,47 @@ def signals(trial):
 
 
 def pipes(trial):
-    for stream in ("stdout", "stderr"):
-        child = trial.begin("pipe", KEYS.replace(" --no-report", ""))
-        getattr(child, stream).close()
-        other = child.stderr if stream == "stdout" else child.stdout
-        text, status = other.read(), child.wait()
-        common.check(status in (0, 1) and "panicked" not in text, f"train with {stream} closed", (status, text))
-        child.stdout.close(), child.stderr.close()
-        found = {n: crc for n, crc in common.contents(trial.dir / "pipe/version_0").items() if n != "report.html"}
-        common.check(found == trial.whole, f"train with {stream} closed ends bit-equal")
-    files = sorted((trial.dir / "whole/version_0").glob("*.pt")) * 300
-    for verb in (["info", *files], ["info", "--json", *files], ["report", trial.dir / "whole/version_0", "--json", "-"]):
-        child = subprocess.Popen([trial.args.program, *map(str, verb)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        child.stdout.read(1)
+    version = trial.dir / "whole/version_0"
+    child = trial.begin("pipe", KEYS.replace(" --no-report", ""))
+    child.stdout.close()
+    text, status = child.stderr.read(), child.wait()
+    common.check(status in (0, 1) and "panicked" not in text, "train with stdout closed", (status, text))
+    found = {n: crc for n, crc in common.contents(trial.dir / "pipe/version_0").items() if n != "report.html"}
+    common.check(found == trial.whole, "train with stdout closed ends bit-equal")
+    # Commands that write to stderr, with success and without.
+    for verb in (["report", version, "--out", trial.dir / "pipe.html", "--force"], ["info", trial.dir / "nowhere.pt"]):
+        read, closed = os.pipe()
+        os.close(read)
+        done, child = common.run(trial.args, verb), subprocess.Popen([trial.args.program, *map(str, verb)], stderr=closed)
+        os.close(closed)
+        common.check(done.stderr and child.wait() == done.returncode, f"{verb[0]} with stderr closed", (child.returncode, done))
+    files = sorted(version.glob("*.pt")) * 300
+    for verb in (["info", *files], ["info", "--json", *files], ["report", version, "--json", "-"]):
+        # More than the pipe holds, so that the rest is written to a reader that has gone.
+        size = len(common.run(trial.args, verb).stdout)
+        common.check(size > 2 * PIPE, f"{verb[0]}: enough to write", size)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pipesize": PIPE, "text": True}
+        child = subprocess.Popen([trial.args.program, *map(str, verb)], **pipes)
+        os.read(child.stdout.fileno(), 1)
         child.stdout.close()
         error = child.stderr.read()
         common.check(child.wait() in (0, 1) and "panicked" not in error, f"{verb[0]} | head -c 1", (child.returncode, error))
 
 
 def together(trial):
+    turned_away = 0
     for _ in range(10):
         shutil.rmtree(trial.dir / "together", ignore_errors=True)
         children = [trial.begin("together", fresh=False) for _ in range(8)]
         ends = [(child.communicate()[1], child.returncode) for child in children]
         trained = [e for e, status in ends if status == 0]
         refused = [e for e, status in ends if status == 1 and "another run is training into this directory" in e]
+        turned_away += len(refused)
         # One that comes after the first has ended finds all done, and succeeds too.
         common.check(trained and len(trained) + len(refused) == 8, "eight at once", ends)
         found = common.contents(trial.dir / "together/version_0")
         common.check(found == trial.whole and not (trial.dir / "together/version_1").exists(), "eight at once: bit-equal")
+    common.check(turned_away, "eight at once: some met another")
     child = trial.begin("together", LONG)
     trial.wait_for_checkpoint(child, "together")
     begin = time.monotonic()
@@ -176,30 +190,31 @@ def together(trial):
 
 
 def finite(path):
-    """Whether all float32 numbers of a checkpoint's weights are finite."""
+    """Whether all float32 numbers of a checkpoint's four weights are finite."""
     with zipfile.ZipFile(path) as z:
-        for name in z.namelist():
-            if re.search(r"/data/\d+$", name) and not all(map(math.isfinite, array.array("f", z.read(name)))):
-                return False
-    return True
+        weights = [array.array("f", z.read(name)) for name in z.namelist() if re.search(r"/data/\d+$", name)]
+    return len(weights) == 4 and all(w and all(map(math.isfinite, w)) for w in weights)
 
 
 def numbers(trial):
     rng = random.Random(2)
     good = trial.acts.read_bytes()
-    start = len(good) - 2000 * 32 * 4
+    start, saved = len(good) - 2000 * 32 * 4, [0, 0]
     for k in range(60):
         row, column = (rng.randrange(2000), rng.randrange(32)) if k % 3 else (rng.randrange(600, 2000), rng.randrange(32))
         value, say = rng.choice([(math.nan, "NaN"), (math.inf, "inf"), (-math.inf, "-inf")])
         bad, path = bytearray(good), trial.dir / "poisoned.npy"
         struct.pack_into("<f", bad, start + 4 * (row * 32 + column), value)
         path.write_bytes(bad)
-        child = trial.begin("poisoned", "--val-fraction 0 " + KEYS, path)
+        # Their estimate reads every row; where factors are given, it is a step that meets the bad one.
+        factors = f"--cfg {trial.given} " * (k % 2)
+        child = trial.begin("poisoned", f"{factors}--val-fraction 0 {KEYS.replace('save_every 20', 'save_every 5')}", path)
         error = child.communicate()[1]
         where = f"poisoned.npy, row {row}: model {'AB'[column // 16]}, element {column % 16}: {say} is not finite"
         common.check(child.returncode == 1 and where in error and told(error), f"a row with {say}", error)
         weights = sorted((trial.dir / "poisoned/version_0").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
         if weights:
+            saved[0] += 1
             common.check(re.search(r"step \d+: cannot read the next batch", error), "the step is named", error)
             common.check(weights[-1].name in error, "the newest checkpoint is named", error)
             common.check(all(map(finite, weights)), "checkpoints are finite")
@@ -216,8 +231,10 @@ def numbers(trial):
         common.check(child.returncode == 1 and told(error) and named, "a row that overflows: step and tensor are named", error)
         common.check(f"poisoned.npy, row {row}: step" in error, "a row that overflows: the row is named", error)
         weights = sorted((trial.dir / "poisoned/version_0").glob("[0-9]*.pt"))
+        saved[1] += len(weights)
         common.check(all(map(finite, weights)), "a row that overflows: checkpoints are finite")
         trial.readable("poisoned", "a row that overflows")
+    common.check(all(saved), "some runs had saved before their bad row", saved)
 
 
 def disk(trial):
@@ -236,9 +253,11 @@ def disk(trial):
         common.check(not left, f"files of {kib} KiB at most: no temporary file", left)
         trial.ends_whole("full", f"files of {kib} KiB at most")
     print(f"disk: files limited: {ends[1]} times an error, {ends[0]} times enough")
+    common.check(ends[0] and ends[1], "files limited: both were met", ends)
     # The signal that a limit sends if nobody ignores it kills like any other.
-    child = trial.begin("full", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10)))
+    child = trial.begin("full", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2)))
     child.communicate()
+    common.check(child.returncode == -signal.SIGXFSZ, "killed by the limit", child.returncode)
     trial.whole_so_far("full", "killed by the limit")
     trial.ends_whole("full", "killed by the limit")
     small = trial.dir / "small"
@@ -260,6 +279,7 @@ def disk(trial):
         finally:
             subprocess.run(["umount", small], check=True)
     print(f"disk: a small one: {ends[1]} times full, {ends[0]} times enough")
+    common.check(ends[0] and ends[1], "a small disk: both were met", ends)
 
 
 def large_npy(path, rows):
@@ -307,7 +327,7 @@ def changes(trial):
         common.check(child.returncode == 1 and told(error) and "large.npy" in error, what, (child.returncode, error))
         common.check(time.monotonic() - begin < 5, f"{what}: soon", time.monotonic() - begin)
         trial.readable("changes", what)
-    if not (trial.dir / "changes/version_0/0.pt").exists():
+    if not common.check((trial.dir / "changes/version_0/0.pt").exists(), "a checkpoint to read with"):
         return
     for verb in ("info", "encode", "eval"):
         for change in (cut, empty):

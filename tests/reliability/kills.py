@@ -93,6 +93,7 @@ def main():
         shutil.rmtree(out)
     print(f"{kills} kills, {broken_saves} of them while a file was being written; {checkpoints} checkpoints looked at; {ends} runs came to their end")
     common.check(broken_saves >= args.kills / 4, "enough kills met a save", broken_saves)
+    common.check(checkpoints, "checkpoints were looked at")
     common.end()
 
 

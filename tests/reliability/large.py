@@ -107,6 +107,7 @@ def checkpoints(args, dir, torch):
         common.check(same, f"{size}: saved byte for byte")
         two.unlink()
         expected, _, _ = crcs(args, source)
+        common.check(len(expected) == 4, f"{size}: four tensors", expected)
         found, seconds, kib = crcs(args, one)
         print(f"{size}: info with checksums: {seconds:.1f} s, {kib / 1024:.1f} MiB")
         common.check(found == expected, f"{size}: the same tensors", (found, expected))
@@ -130,18 +131,21 @@ def saving(args, dir):
     common.activations(acts, 64, D_IN)
     keys = "--dict_size 16384 --batch_size 16 --buffer_mult 2 --num_tokens 64 --save_every 2 --log_every 1 --threads 1 --no-report --val-fraction 0"
     child = subprocess.Popen([args.program, "train", acts, "--out", out, *keys.split()], stdout=subprocess.DEVNULL)
-    before = after = 0
+    before = after = samples = 0
     while child.poll() is None:
         try:
             after = common.status(child.pid)[1]
             if not list(out.glob("version_0/.0.pt*")) and not list(out.glob("version_0/0*")):
                 before = after
+            else:
+                samples += 1
         except (FileNotFoundError, KeyError, ProcessLookupError):
             pass
         time.sleep(0.005)
     extra = (after - before) / 1024
     print(f"0.604 GB: train: {before / 1024:.0f} MiB before the first save, {extra:.1f} MiB more in the end")
     common.check(child.returncode == 0, "train 0.604 GB")
+    common.check(before and samples, "seen before the first save and in it", (before, samples))
     common.check(extra <= 64, "saving takes at most 64 MiB more", extra)
     shutil.rmtree(out)
     acts.unlink()

@@ -235,6 +235,7 @@ def main():
                     with open(os.path.join(args.keep, f"{verdict[0]}-{seed}-{mutant.origin}-{mutant.name}"), "wb") as f:
                         f.write(mutant.data)
         print(f"seed {seed}: {dict(tally)}", flush=True)
+        common.check(tally["accepted"] and tally["refused"], f"seed {seed}: some are read, some refused", tally)
     print(f"a lot of {LOT} took {most_seconds:.2f} s and {most_kib >> 10} MiB at most")
     common.end()
 
