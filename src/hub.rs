@@ -32,6 +32,7 @@
 mod cache;
 mod checkpoint;
 mod http;
+mod meter;
 mod names;
 mod transfer;
 
@@ -208,7 +209,8 @@ impl Hub {
         self
     }
 
-    /// How long a server may be silent: while connecting, before it answers, between two pieces. By default 15 s.
+    /// How long a server may be silent: while connecting, before it answers, between two pieces of the file. By default
+    /// 15 s. A request with all its redirects has twice this time, as have 30 KiB of the file (1 KiB for each second).
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -231,7 +233,8 @@ impl Hub {
     /// is in the cache is not transferred again; one of a commit id does not even need a question to the hub.
     ///
     /// Busy servers and broken connections are met with up to six attempts in a row, growing waits (or those of
-    /// `Retry-After`, up to 60 s) and some 60 s of patience, both renewed as long as the file comes forward.
+    /// `Retry-After`, up to 60 s) and some 60 s of patience, both renewed as long as the file comes forward: by its own
+    /// bytes, whatever else the server sends. An answer may have half the file's bytes and 1 MiB more than the file.
     /// If the hub cannot be reached, or does not let us in, the cached file is returned if there is one.
     ///
     /// # Errors
@@ -336,7 +339,7 @@ impl Hub {
                 Ok(path) => return Ok((described.commit, path)),
                 Err(failure) if failure.class == Class::Stale && rounds < ROUNDS => {
                     rounds = rounds.saturating_add(1);
-                    let (wait, error) = patience.wait(failure, start.elapsed(), 0, 0)?;
+                    let (wait, error) = patience.wait(failure, start.elapsed().min(self.timeout), 0, 0)?;
                     report(Event::Retry { file: target.file(), wait, reason: &error });
                     std::thread::sleep(wait);
                     superseded = Some(described);
@@ -382,7 +385,7 @@ fn describe(
 ) -> Result<Described, Failure> {
     loop {
         let start = Instant::now();
-        let failure = match client.describe(target) {
+        let failure = match client.describe(target, patience.span()) {
             Ok(described) => return Ok(described),
             Err(failure) => failure,
         };

@@ -1,15 +1,21 @@
 //! Requests to the hub and to where it redirects; the token goes to the hub's own origin only.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ureq::http::header::{self, HeaderMap};
 use ureq::http::{Method, Request, Response, Uri};
+use ureq::unversioned::resolver::DefaultResolver;
 
+use super::meter::{self, Meter};
 use super::names::{Commit, Etag, Target, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Redirects followed for one request.
 const MAX_HOPS: usize = 10;
+/// Bytes that a request may bring before the body it is about, over all redirects: handshakes and headers, of which an
+/// honest one has some KB, and what is read ahead (128 KiB).
+const OPENING_BYTES: u64 = 1 << 20;
 
 /// A failed request: what to report, and whether another attempt could end better.
 pub(super) struct Failure {
@@ -150,6 +156,8 @@ pub(super) struct Content {
 /// One hub, reached in one way.
 pub(super) struct Client {
     agent: ureq::Agent,
+    /// What the answer at hand may still take; this client has one at a time.
+    pub(super) meter: Arc<Meter>,
     endpoint: String,
     home: (bool, String, u16),
     token: Option<String>,
@@ -165,16 +173,18 @@ impl Client {
             .proxy(proxy)
             .user_agent(concat!("crosscoder/", env!("CARGO_PKG_VERSION")))
             .accept_encoding("identity")
+            .timeout_resolve(Some(timeout))
             .timeout_connect(Some(timeout))
             .timeout_send_request(Some(timeout))
             .timeout_recv_response(Some(timeout))
-            .timeout_per_read(Some(timeout))
             // A pooled connection that the server has closed meanwhile looks like a fault of the server.
             .max_idle_connections(0)
             .build();
         let endpoint_text = endpoint.0.to_string();
+        let meter = Arc::new(Meter::new());
         Client {
-            agent: ureq::Agent::new_with_config(config),
+            agent: ureq::Agent::with_parts(config, meter::connector(&meter), DefaultResolver::default()),
+            meter,
             endpoint: endpoint_text.trim_end_matches('/').to_owned(),
             home: endpoint.origin(),
             token,
@@ -213,14 +223,15 @@ impl Client {
         })
     }
 
-    /// Asks the hub for commit, ETag, size and place of a file, without its bytes.
+    /// Asks the hub for commit, ETag, size and place of a file, without its bytes. All hops together have this `time`.
     ///
     /// Redirects within the hub are followed. The commit is that of the first answer that has one: where the file
     /// really lies (a store of blobs), nothing is known of commits. `X-Linked-Etag` and `X-Linked-Size` are those of
     /// the file; `ETag` and `Content-Length` only where the answer is the file.
-    pub(super) fn describe(&self, target: &Target) -> Result<Described, Failure> {
+    pub(super) fn describe(&self, target: &Target, time: Duration) -> Result<Described, Failure> {
         let mut url = Url::parse(&format!("{}{}", self.endpoint, target.address()))?;
         let (mut commit, mut linked_etag, mut etag, mut size) = (None, None, None, None);
+        self.meter.start(time, OPENING_BYTES);
         for _ in 0..=MAX_HOPS {
             let response = self.send(Method::HEAD, &url, true, 0)?;
             let headers = response.headers();
@@ -259,8 +270,9 @@ impl Client {
         Err(too_many_hops())
     }
 
-    /// Opens the file at `url` from byte `from` on.
-    pub(super) fn open(&self, url: &Url, from: u64) -> Result<Content, Failure> {
+    /// Opens the file at `url` from byte `from` on. All hops together have this `time`.
+    pub(super) fn open(&self, url: &Url, from: u64, time: Duration) -> Result<Content, Failure> {
+        self.meter.start(time, OPENING_BYTES);
         let mut url = url.clone();
         let mut at_home = true;
         for _ in 0..=MAX_HOPS {
