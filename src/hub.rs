@@ -34,6 +34,7 @@ mod checkpoint;
 mod http;
 mod meter;
 mod names;
+mod proxy;
 mod transfer;
 
 use std::ffi::OsString;
@@ -45,6 +46,7 @@ use crate::error::{Error, ErrorKind, Result};
 use cache::Repository;
 use http::{Class, Client, Described, Failure, Url};
 use names::{Commit, Target};
+use proxy::Proxies;
 use transfer::{Partial, Patience};
 
 pub use checkpoint::Address;
@@ -110,7 +112,7 @@ pub struct Hub {
     cache: PathBuf,
     token: Option<String>,
     offline: bool,
-    proxy: Option<ureq::Proxy>,
+    proxies: Proxies,
     timeout: Duration,
     backoff: Duration,
 }
@@ -123,7 +125,7 @@ impl Hub {
             cache: cache.into(),
             token: None,
             offline: false,
-            proxy: None,
+            proxies: Proxies::default(),
             timeout: Duration::from_secs(15),
             backoff: Duration::from_millis(500),
         })
@@ -136,18 +138,17 @@ impl Hub {
     /// - token: `HF_TOKEN`, else `HUGGING_FACE_HUB_TOKEN`, else the content of the file `HF_TOKEN_PATH`, by default
     ///   `$HF_HOME/token`; none if `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set;
     /// - `HF_ENDPOINT`; `HF_HUB_OFFLINE`, else `TRANSFORMERS_OFFLINE`; a switch is set by `1`, `true`, `yes`, `on`;
-    /// - `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`.
+    /// - a proxy by the scheme of each address: `HTTPS_PROXY`, `HTTP_PROXY`, else `ALL_PROXY`, unless `NO_PROXY` names
+    ///   its host, domain or network. Proxies are spoken to by `http` or `https`; others are refused when needed.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Usage`] if an address or the token cannot be one, or there is no home folder.
     pub fn from_env() -> Result<Self> {
-        let mut hub = Self::from_vars(|name| std::env::var_os(name))?;
-        hub.proxy = ureq::Proxy::try_from_env();
-        Ok(hub)
+        Self::from_vars(|name| std::env::var_os(name))
     }
 
-    /// [`Hub::from_env`] with the given variables in place of the environment's, and no proxy.
+    /// [`Hub::from_env`] with the given variables in place of the environment's.
     pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let set = |name: &str| var(name).filter(|value| !value.is_empty());
         let user = set("HOME").map(PathBuf::from).or_else(std::env::home_dir);
@@ -168,6 +169,7 @@ impl Hub {
             .or_else(|| Some(home.as_ref()?.join("hub")))
             .ok_or_else(|| Error::usage("no home folder to keep downloads in; set HF_HUB_CACHE"))?;
         let mut hub = Hub::new(cache)?;
+        hub.proxies = Proxies::from_vars(&var);
         if let Some(endpoint) = set("HF_ENDPOINT") {
             hub = hub.endpoint(&endpoint.to_string_lossy()).map_err(|error| error.at("HF_ENDPOINT"))?;
         }
@@ -280,7 +282,7 @@ impl Hub {
     ) -> Result<Vec<PathBuf>, Failure> {
         // All names first: a wrong one should not cost a transfer.
         let targets: Vec<Target> = files.iter().map(|file| Target::new(repo, file, revision)).collect::<Result<_>>()?;
-        let client = Client::new(&self.endpoint, self.token.clone(), self.timeout, self.proxy.clone());
+        let client = Client::new(&self.endpoint, self.token.clone(), self.timeout, self.proxies.clone());
         let mut commit: Option<Commit> = None;
         let mut paths = Vec::new();
         for target in &targets {

@@ -944,6 +944,34 @@ fn an_expired_link_is_renewed() {
 }
 
 #[test]
+fn a_proxy_is_asked_for_the_addresses_of_its_scheme() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let proxy = Fake::start();
+    let hub = |vars: &[(&str, &str)]| {
+        let vars: BTreeMap<String, String> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let hub = Hub::from_vars(move |name| vars.get(name).map(Into::into)).unwrap();
+        hub.endpoint(&fake.endpoint).unwrap().backoff(Duration::from_millis(1))
+    };
+    let cache = folder.cache();
+    let cache = ("HF_HUB_CACHE", cache.to_str().unwrap());
+    let dead = "http://127.0.0.1:9";
+    // The endpoint is http, so a proxy for https is not asked.
+    for vars in [&[cache, ("HTTPS_PROXY", dead)][..], &[cache, ("HTTP_PROXY", dead), ("NO_PROXY", "127.0.0.0/8")]] {
+        hub(vars).download(REPO, SMALL, "main", &mut quiet).unwrap();
+        fs::remove_dir_all(folder.repo()).unwrap();
+    }
+    let told = |vars: &[(&str, &str)]| hub(vars).download(REPO, SMALL, "main", &mut quiet).unwrap_err().to_string();
+    let error = told(&[cache, ("http_proxy", dead)]);
+    assert!(error.contains("through the proxy 127.0.0.1:9"), "{error}");
+    fake.forget();
+    told(&[cache, ("ALL_PROXY", &proxy.endpoint)]);
+    assert_eq!(proxy.log()[0].method, "CONNECT");
+    let error = told(&[cache, ("ALL_PROXY", "ftp://127.0.0.1:9")]);
+    assert!(error.contains("ALL_PROXY is no proxy that can be used"), "{error}");
+    assert_eq!(fake.log().len(), 0, "the hub was asked past the proxy");
+}
+
+#[test]
 fn nobody_at_home() {
     let folder = Folder::new();
     let hub = Hub::new(folder.cache()).unwrap().endpoint("http://127.0.0.1:9").unwrap();

@@ -9,6 +9,7 @@ use ureq::unversioned::resolver::DefaultResolver;
 
 use super::meter::{self, Meter};
 use super::names::{Commit, Etag, Target, printable};
+use super::proxy::Proxies;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Redirects followed for one request.
@@ -161,16 +162,18 @@ pub(super) struct Client {
     endpoint: String,
     home: (bool, String, u16),
     token: Option<String>,
+    proxies: Proxies,
 }
 
 impl Client {
-    pub(super) fn new(endpoint: &Url, token: Option<String>, timeout: Duration, proxy: Option<ureq::Proxy>) -> Self {
+    pub(super) fn new(endpoint: &Url, token: Option<String>, timeout: Duration, proxies: Proxies) -> Self {
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             // Redirects are followed here, where the origin is checked at every hop.
             .max_redirects(0)
             .max_redirects_will_error(false)
-            .proxy(proxy)
+            // Each request has its own.
+            .proxy(None)
             .user_agent(concat!("crosscoder/", env!("CARGO_PKG_VERSION")))
             .accept_encoding("identity")
             .timeout_resolve(Some(timeout))
@@ -188,6 +191,7 @@ impl Client {
             endpoint: endpoint_text.trim_end_matches('/').to_owned(),
             home: endpoint.origin(),
             token,
+            proxies,
         }
     }
 
@@ -199,7 +203,12 @@ impl Client {
         if let (true, Some(token)) = (at_home, &self.token) {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let request = request.body(()).map_err(|e| Failure::new(Class::Final, e.to_string()))?;
+        let mut request = request.body(()).map_err(|e| Failure::new(Class::Final, e.to_string()))?;
+        let mut through = String::new();
+        if let Some(proxy) = self.proxies.of(url)? {
+            through = format!(" through the proxy {}:{}", proxy.host(), proxy.port());
+            request = self.agent.configure_request(request).proxy(Some(proxy.clone())).build();
+        }
         self.agent.run(request).map_err(|error| {
             use std::io::ErrorKind as Io;
             use ureq::Timeout::{Connect, Resolve};
@@ -218,7 +227,8 @@ impl Client {
                 },
                 _ => Class::Final,
             };
-            let error = Error::new(ErrorKind::Network, format!("no answer from {}", url.base())).with_source(error);
+            let error =
+                Error::new(ErrorKind::Network, format!("no answer from {}{through}", url.base())).with_source(error);
             Failure { error, class }
         })
     }
