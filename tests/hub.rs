@@ -1131,6 +1131,20 @@ fn redirects_within_the_hub_keep_the_token() {
 }
 
 #[test]
+fn the_etag_is_that_of_the_file_not_of_a_redirect_to_it() {
+    let fake = Fake::with(|request, usual| {
+        if request.path == "/org/name/resolve/main/config.json" {
+            let there = format!("/org/name/resolve/{COMMIT}/config.json");
+            return Answer::new(307, &[("Location", &there), ("ETag", "W/\"3c-of the redirect\"")], b"");
+        }
+        usual
+    });
+    let folder = Folder::new();
+    let path = fake.hub(&folder.cache()).download(REPO, SMALL, "main", &mut quiet).unwrap();
+    assert_eq!(fs::read(path).unwrap(), small());
+}
+
+#[test]
 fn every_redirect_is_followed_and_its_address_may_hold_names() {
     for status in [301, 302, 303, 307, 308] {
         let fake = Fake::with(move |_, usual| if usual.status == 302 { Answer { status, ..usual } } else { usual });

@@ -237,7 +237,8 @@ impl Client {
     ///
     /// Redirects within the hub are followed. The commit is that of the first answer that has one: where the file
     /// really lies (a store of blobs), nothing is known of commits. `X-Linked-Etag` and `X-Linked-Size` are those of
-    /// the file; `ETag` and `Content-Length` only where the answer is the file.
+    /// the file; `ETag` and `Content-Length` only where the answer is the file, and a redirect's `ETag` where no later
+    /// answer has one.
     pub(super) fn describe(&self, target: &Target, time: Duration) -> Result<Described, Failure> {
         let mut url = Url::parse(&format!("{}{}", self.endpoint, target.address()))?;
         let (mut commit, mut linked_etag, mut etag, mut size) = (None, None, None, None);
@@ -251,7 +252,7 @@ impl Client {
             }
             commit = commit.or_else(|| text(headers, "x-repo-commit"));
             linked_etag = linked_etag.or_else(|| text(headers, "x-linked-etag"));
-            etag = etag.or_else(|| text(headers, "etag"));
+            etag = text(headers, "etag").or(etag);
             size = size.or_else(|| number(headers, "x-linked-size"));
             match redirect {
                 Some(next) if next.origin() == self.home => {
