@@ -1303,6 +1303,9 @@ fn a_checkpoint_is_found_by_the_names_that_layouts_have() {
     quiet_checkpoint(&offline, "hf://org/name@refs/pr/1").unwrap();
     let error = quiet_checkpoint(&offline, "hf://org/name/half").unwrap_err().to_string();
     assert!(error.contains("HF_HUB_OFFLINE") && fake.log().is_empty(), "{error}");
+    // A name that cannot be is told as such.
+    let error = quiet_checkpoint(&offline, "hf://a--b/c").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
 }
 
 #[test]
