@@ -32,7 +32,9 @@
 mod cache;
 mod checkpoint;
 mod http;
+mod meter;
 mod names;
+mod proxy;
 mod transfer;
 
 use std::ffi::OsString;
@@ -44,6 +46,7 @@ use crate::error::{Error, ErrorKind, Result};
 use cache::Repository;
 use http::{Class, Client, Described, Failure, Url};
 use names::{Commit, Target};
+use proxy::Proxies;
 use transfer::{Partial, Patience};
 
 pub use checkpoint::Address;
@@ -109,7 +112,7 @@ pub struct Hub {
     cache: PathBuf,
     token: Option<String>,
     offline: bool,
-    proxy: Option<ureq::Proxy>,
+    proxies: Proxies,
     timeout: Duration,
     backoff: Duration,
 }
@@ -122,7 +125,7 @@ impl Hub {
             cache: cache.into(),
             token: None,
             offline: false,
-            proxy: None,
+            proxies: Proxies::default(),
             timeout: Duration::from_secs(15),
             backoff: Duration::from_millis(500),
         })
@@ -135,18 +138,17 @@ impl Hub {
     /// - token: `HF_TOKEN`, else `HUGGING_FACE_HUB_TOKEN`, else the content of the file `HF_TOKEN_PATH`, by default
     ///   `$HF_HOME/token`; none if `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set;
     /// - `HF_ENDPOINT`; `HF_HUB_OFFLINE`, else `TRANSFORMERS_OFFLINE`; a switch is set by `1`, `true`, `yes`, `on`;
-    /// - `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`.
+    /// - a proxy by the scheme of each address: `HTTPS_PROXY`, `HTTP_PROXY`, else `ALL_PROXY`, unless `NO_PROXY` names
+    ///   its host, domain or network. Proxies are spoken to by `http` or `https`; others are refused when needed.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Usage`] if an address or the token cannot be one, or there is no home folder.
     pub fn from_env() -> Result<Self> {
-        let mut hub = Self::from_vars(|name| std::env::var_os(name))?;
-        hub.proxy = ureq::Proxy::try_from_env();
-        Ok(hub)
+        Self::from_vars(|name| std::env::var_os(name))
     }
 
-    /// [`Hub::from_env`] with the given variables in place of the environment's, and no proxy.
+    /// [`Hub::from_env`] with the given variables in place of the environment's.
     pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let set = |name: &str| var(name).filter(|value| !value.is_empty());
         let user = set("HOME").map(PathBuf::from).or_else(std::env::home_dir);
@@ -167,6 +169,7 @@ impl Hub {
             .or_else(|| Some(home.as_ref()?.join("hub")))
             .ok_or_else(|| Error::usage("no home folder to keep downloads in; set HF_HUB_CACHE"))?;
         let mut hub = Hub::new(cache)?;
+        hub.proxies = Proxies::from_vars(&var);
         if let Some(endpoint) = set("HF_ENDPOINT") {
             hub = hub.endpoint(&endpoint.to_string_lossy()).map_err(|error| error.at("HF_ENDPOINT"))?;
         }
@@ -208,7 +211,8 @@ impl Hub {
         self
     }
 
-    /// How long a server may be silent: while connecting, before it answers, between two pieces. By default 15 s.
+    /// How long a server may be silent: while connecting, before it answers, between two pieces of the file. By default
+    /// 15 s. A request with all its redirects has twice this time, as have 30 KiB of the file (1 KiB for each second).
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -231,7 +235,8 @@ impl Hub {
     /// is in the cache is not transferred again; one of a commit id does not even need a question to the hub.
     ///
     /// Busy servers and broken connections are met with up to six attempts in a row, growing waits (or those of
-    /// `Retry-After`, up to 60 s) and some 60 s of patience, both renewed as long as the file comes forward.
+    /// `Retry-After`, up to 60 s) and some 60 s of patience, both renewed as long as the file comes forward: by its own
+    /// bytes, whatever else the server sends. An answer may have half the file's bytes and 1 MiB more than the file.
     /// If the hub cannot be reached, or does not let us in, the cached file is returned if there is one.
     ///
     /// # Errors
@@ -277,7 +282,7 @@ impl Hub {
     ) -> Result<Vec<PathBuf>, Failure> {
         // All names first: a wrong one should not cost a transfer.
         let targets: Vec<Target> = files.iter().map(|file| Target::new(repo, file, revision)).collect::<Result<_>>()?;
-        let client = Client::new(&self.endpoint, self.token.clone(), self.timeout, self.proxy.clone());
+        let client = Client::new(&self.endpoint, self.token.clone(), self.timeout, self.proxies.clone());
         let mut commit: Option<Commit> = None;
         let mut paths = Vec::new();
         for target in &targets {
@@ -336,7 +341,7 @@ impl Hub {
                 Ok(path) => return Ok((described.commit, path)),
                 Err(failure) if failure.class == Class::Stale && rounds < ROUNDS => {
                     rounds = rounds.saturating_add(1);
-                    let (wait, error) = patience.wait(failure, start.elapsed(), 0, 0)?;
+                    let (wait, error) = patience.wait(failure, start.elapsed().min(self.timeout), 0, 0)?;
                     report(Event::Retry { file: target.file(), wait, reason: &error });
                     std::thread::sleep(wait);
                     superseded = Some(described);
@@ -382,7 +387,7 @@ fn describe(
 ) -> Result<Described, Failure> {
     loop {
         let start = Instant::now();
-        let failure = match client.describe(target) {
+        let failure = match client.describe(target, patience.span()) {
             Ok(described) => return Ok(described),
             Err(failure) => failure,
         };

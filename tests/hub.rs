@@ -61,6 +61,10 @@ struct Answer {
     silence: Duration,
     /// Send the body in pieces of ten bytes, with so long between them.
     drip: Option<Duration>,
+    /// After the body send this for ever, with so long between the times.
+    endless: Option<(Vec<u8>, Duration)>,
+    /// Send no head: the body has it.
+    headless: bool,
 }
 
 impl Answer {
@@ -226,14 +230,21 @@ impl Shared {
         }
         let body = if request.is_head() { &[][..] } else { &answer.body[..answer.cut.unwrap_or(answer.body.len())] };
         self.sent.fetch_add(body.len(), Ordering::SeqCst);
+        let head = if answer.headless { String::new() } else { head + "\r\n" };
         // The client may have hung up: its right.
-        let _ = stream.write_all(format!("{head}\r\n").as_bytes()).and_then(|()| match answer.drip {
+        let sent = stream.write_all(head.as_bytes()).and_then(|()| match answer.drip {
             None => stream.write_all(body),
             Some(pause) => body.chunks(10).try_for_each(|piece| {
                 std::thread::sleep(pause);
                 stream.write_all(piece)
             }),
         });
+        if let (Ok(()), Some((piece, pause))) = (sent, &answer.endless) {
+            while stream.write_all(piece).is_ok() {
+                self.sent.fetch_add(piece.len(), Ordering::SeqCst);
+                std::thread::sleep(*pause);
+            }
+        }
         std::thread::sleep(answer.silence);
     }
 
@@ -775,6 +786,90 @@ fn silence_is_a_broken_connection() {
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
+/// Answers that never end and bring nothing, or next to nothing. Each is left in the time of silence, and after as many
+/// bytes as the file may take: the rest, up to 10 MiB, is what two sockets hold.
+#[test]
+fn answers_that_bring_nothing_end() {
+    let gzip = |bytes: &[u8]| {
+        let mut out = Vec::new();
+        flate2::read::GzEncoder::new(bytes, flate2::Compression::fast()).read_to_end(&mut out).unwrap();
+        out
+    };
+    let member = gzip(b"");
+    let members = member.repeat(5000);
+    let [gzipped, chunked] = [("Content-Encoding", "gzip"), ("Transfer-Encoding", "chunked")];
+    let close = ("Transfer-Encoding", "identity");
+    let [fast, slow] = [Duration::ZERO, Duration::from_millis(5)];
+    let extended = b"1;of eighteen bytes.\r\nA\r\n".repeat(1000);
+    // Name, headers, start, what follows for ever, the time between, the end's message.
+    type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [u8], &'a [u8], Duration, &'a str);
+    let body: &[Case<'_>] = &[
+        ("empty members", &[gzipped, close], b"", &members, fast, "bytes more than the 300123"),
+        (
+            "empty members, slowly",
+            &[gzipped, chunked],
+            b"",
+            b"14\r\n\x1f\x8b\x08\0\0\0\0\0\0\xff\x03\0\0\0\0\0\0\0\0\0\r\n",
+            slow,
+            "attempts: 6",
+        ),
+        ("empty blocks", &[gzipped, close], &member[..10], &b"\0\0\0\xff\xff".repeat(9999), fast, "bytes more than"),
+        ("empty blocks, slowly", &[gzipped, close], &member[..10], b"\0\0\0\xff\xff", slow, "attempts: 6"),
+        ("the size of a chunk", &[chunked], b"", b"0", slow, "attempts: 6"),
+        ("its extension", &[chunked], b"5;", b"x", slow, "attempts: 6"),
+        ("extensions of single bytes", &[chunked], b"", &extended, fast, "bytes more than"),
+    ];
+    for &(name, headers, start, piece, pause, word) in body {
+        let mut answer = Answer::new(200, headers, start);
+        answer.endless = Some((piece.to_vec(), pause));
+        let fake = Fake::with(move |request, usual| if request.is_bytes() { answer.clone() } else { usual });
+        assert_ends(&fake, name, LARGE, word);
+    }
+    let early = "HTTP/1.1 103 x\r\n\r\n".repeat(1000);
+    let header = format!("HTTP/1.1 200 x\r\nX-A: {}", "a".repeat(10));
+    for (name, start, piece, pause, word) in [
+        ("hints", "", early.as_str(), fast, "no answer"),
+        ("hints, slowly", "", "HTTP/1.1 103 x\r\n\r\n", slow, "attempts: 6"),
+        ("a header", header.as_str(), "a", slow, "attempts: 6"),
+    ] {
+        for bytes in [false, true] {
+            let mut answer = Answer::new(0, &[], start.as_bytes());
+            (answer.headless, answer.endless) = (true, Some((piece.as_bytes().to_vec(), pause)));
+            let fake =
+                Fake::with(move |request, usual| if request.is_bytes() == bytes { answer.clone() } else { usual });
+            assert_ends(&fake, name, LARGE, word);
+        }
+    }
+    // Ten redirects, each within the time a server may be silent, are one attempt.
+    let fake = Fake::with(|request, usual| {
+        if !request.is_bytes() {
+            return usual;
+        }
+        std::thread::sleep(Duration::from_millis(150));
+        Answer::new(302, &[("Location", &request.path)], b"")
+    });
+    assert_ends(&fake, "redirects", LARGE, "attempts: 6");
+    assert!(fake.count(Request::is_bytes) <= 6 * 5, "{}", fake.count(Request::is_bytes));
+}
+
+/// The download fails in time and with few bytes, by a message that has the word.
+fn assert_ends(fake: &Fake, name: &str, file: &str, word: &str) {
+    let (folder, start) = (Folder::new(), Instant::now());
+    let hub = fake.hub(&folder.cache()).timeout(Duration::from_millis(200));
+    let error = hub.download(REPO, file, "main", &mut quiet).map(|_| ()).unwrap_err();
+    let mut told = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        told += &format!(": {cause}");
+        source = cause.source();
+    }
+    assert!(told.contains(word), "{name}: {told}");
+    // Six attempts of twice 200 ms.
+    assert!(start.elapsed() < Duration::from_secs(5), "{name}: {:?}", start.elapsed());
+    assert!(fake.sent() < 12 << 20, "{name}: {} bytes", fake.sent());
+    folder.assert_nothing();
+}
+
 // ---- busy servers ----
 
 #[test]
@@ -846,6 +941,34 @@ fn an_expired_link_is_renewed() {
     assert_eq!((fake.count(Request::is_head), fake.sent() - b"no".len()), (2, LARGE_SIZE));
     fake.behave(|request, usual| if request.is_bytes() { Answer::error(403, "") } else { usual });
     assert_fails(&fake, &Folder::new(), LARGE, &["403", "expired"]);
+}
+
+#[test]
+fn a_proxy_is_asked_for_the_addresses_of_its_scheme() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    let proxy = Fake::start();
+    let hub = |vars: &[(&str, &str)]| {
+        let vars: BTreeMap<String, String> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let hub = Hub::from_vars(move |name| vars.get(name).map(Into::into)).unwrap();
+        hub.endpoint(&fake.endpoint).unwrap().backoff(Duration::from_millis(1))
+    };
+    let cache = folder.cache();
+    let cache = ("HF_HUB_CACHE", cache.to_str().unwrap());
+    let dead = "http://127.0.0.1:9";
+    // The endpoint is http, so a proxy for https is not asked.
+    for vars in [&[cache, ("HTTPS_PROXY", dead)][..], &[cache, ("HTTP_PROXY", dead), ("NO_PROXY", "127.0.0.0/8")]] {
+        hub(vars).download(REPO, SMALL, "main", &mut quiet).unwrap();
+        fs::remove_dir_all(folder.repo()).unwrap();
+    }
+    let told = |vars: &[(&str, &str)]| hub(vars).download(REPO, SMALL, "main", &mut quiet).unwrap_err().to_string();
+    let error = told(&[cache, ("http_proxy", dead)]);
+    assert!(error.contains("through the proxy 127.0.0.1:9"), "{error}");
+    fake.forget();
+    told(&[cache, ("ALL_PROXY", &proxy.endpoint)]);
+    assert_eq!(proxy.log()[0].method, "CONNECT");
+    let error = told(&[cache, ("ALL_PROXY", "ftp://127.0.0.1:9")]);
+    assert!(error.contains("ALL_PROXY is no proxy that can be used"), "{error}");
+    assert_eq!(fake.log().len(), 0, "the hub was asked past the proxy");
 }
 
 #[test]
@@ -1008,6 +1131,20 @@ fn redirects_within_the_hub_keep_the_token() {
 }
 
 #[test]
+fn the_etag_is_that_of_the_file_not_of_a_redirect_to_it() {
+    let fake = Fake::with(|request, usual| {
+        if request.path == "/org/name/resolve/main/config.json" {
+            let there = format!("/org/name/resolve/{COMMIT}/config.json");
+            return Answer::new(307, &[("Location", &there), ("ETag", "W/\"3c-of the redirect\"")], b"");
+        }
+        usual
+    });
+    let folder = Folder::new();
+    let path = fake.hub(&folder.cache()).download(REPO, SMALL, "main", &mut quiet).unwrap();
+    assert_eq!(fs::read(path).unwrap(), small());
+}
+
+#[test]
 fn every_redirect_is_followed_and_its_address_may_hold_names() {
     for status in [301, 302, 303, 307, 308] {
         let fake = Fake::with(move |_, usual| if usual.status == 302 { Answer { status, ..usual } } else { usual });
@@ -1166,6 +1303,9 @@ fn a_checkpoint_is_found_by_the_names_that_layouts_have() {
     quiet_checkpoint(&offline, "hf://org/name@refs/pr/1").unwrap();
     let error = quiet_checkpoint(&offline, "hf://org/name/half").unwrap_err().to_string();
     assert!(error.contains("HF_HUB_OFFLINE") && fake.log().is_empty(), "{error}");
+    // A name that cannot be is told as such.
+    let error = quiet_checkpoint(&offline, "hf://a--b/c").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
 }
 
 #[test]

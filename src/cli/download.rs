@@ -25,7 +25,7 @@ A PATH whose last name ends in an extension (letters and digits after the last d
 file; any other, and any with a '/' at its end, is a folder; '.' is the top of the repository. A checkpoint is cfg.json
 with cc_weights.pt, or config.json with model.safetensors, or another pair that `crosscoder convert` reads. A broken
 download goes on where it was when the command is run again. Environment: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE,
-HF_HUB_OFFLINE, HTTPS_PROXY, as for huggingface_hub.
+HF_HUB_OFFLINE, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, as for huggingface_hub; a proxy speaks HTTP, not SOCKS.
 ";
 
 /// Reads the arguments after the verb and does it.

@@ -98,7 +98,10 @@ impl Hub {
                     let [cfg, weights] = <[_; 2]>::try_from(paths).unwrap_or_default();
                     return Ok(Files { weights, cfg });
                 }
-                Err(failure) if failure.error.kind() == ErrorKind::Absent || self.offline => {}
+                // Offline, a file that is not in the cache is a matter of the network; a wrong name is not.
+                Err(failure)
+                    if failure.error.kind() == ErrorKind::Absent
+                        || self.offline && failure.error.kind() == ErrorKind::Network => {}
                 Err(failure) => {
                     for [weights, cfg] in pairs.iter().filter(|_| failure.class.is_no_answer()) {
                         let [weights, cfg] = [weights, cfg].map(full);

@@ -1,15 +1,22 @@
 //! Requests to the hub and to where it redirects; the token goes to the hub's own origin only.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ureq::http::header::{self, HeaderMap};
 use ureq::http::{Method, Request, Response, Uri};
+use ureq::unversioned::resolver::DefaultResolver;
 
+use super::meter::{self, Meter};
 use super::names::{Commit, Etag, Target, printable};
+use super::proxy::Proxies;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Redirects followed for one request.
 const MAX_HOPS: usize = 10;
+/// Bytes that a request may bring before the body it is about, over all redirects: handshakes and headers, of which an
+/// honest one has some KB, and what is read ahead (128 KiB).
+const OPENING_BYTES: u64 = 1 << 20;
 
 /// A failed request: what to report, and whether another attempt could end better.
 pub(super) struct Failure {
@@ -150,34 +157,41 @@ pub(super) struct Content {
 /// One hub, reached in one way.
 pub(super) struct Client {
     agent: ureq::Agent,
+    /// What the answer at hand may still take; this client has one at a time.
+    pub(super) meter: Arc<Meter>,
     endpoint: String,
     home: (bool, String, u16),
     token: Option<String>,
+    proxies: Proxies,
 }
 
 impl Client {
-    pub(super) fn new(endpoint: &Url, token: Option<String>, timeout: Duration, proxy: Option<ureq::Proxy>) -> Self {
+    pub(super) fn new(endpoint: &Url, token: Option<String>, timeout: Duration, proxies: Proxies) -> Self {
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             // Redirects are followed here, where the origin is checked at every hop.
             .max_redirects(0)
             .max_redirects_will_error(false)
-            .proxy(proxy)
+            // Each request has its own.
+            .proxy(None)
             .user_agent(concat!("crosscoder/", env!("CARGO_PKG_VERSION")))
             .accept_encoding("identity")
+            .timeout_resolve(Some(timeout))
             .timeout_connect(Some(timeout))
             .timeout_send_request(Some(timeout))
             .timeout_recv_response(Some(timeout))
-            .timeout_per_read(Some(timeout))
             // A pooled connection that the server has closed meanwhile looks like a fault of the server.
             .max_idle_connections(0)
             .build();
         let endpoint_text = endpoint.0.to_string();
+        let meter = Arc::new(Meter::new());
         Client {
-            agent: ureq::Agent::new_with_config(config),
+            agent: ureq::Agent::with_parts(config, meter::connector(&meter), DefaultResolver::default()),
+            meter,
             endpoint: endpoint_text.trim_end_matches('/').to_owned(),
             home: endpoint.origin(),
             token,
+            proxies,
         }
     }
 
@@ -189,7 +203,12 @@ impl Client {
         if let (true, Some(token)) = (at_home, &self.token) {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let request = request.body(()).map_err(|e| Failure::new(Class::Final, e.to_string()))?;
+        let mut request = request.body(()).map_err(|e| Failure::new(Class::Final, e.to_string()))?;
+        let mut through = String::new();
+        if let Some(proxy) = self.proxies.of(url)? {
+            through = format!(" through the proxy {}:{}", proxy.host(), proxy.port());
+            request = self.agent.configure_request(request).proxy(Some(proxy.clone())).build();
+        }
         self.agent.run(request).map_err(|error| {
             use std::io::ErrorKind as Io;
             use ureq::Timeout::{Connect, Resolve};
@@ -208,19 +227,22 @@ impl Client {
                 },
                 _ => Class::Final,
             };
-            let error = Error::new(ErrorKind::Network, format!("no answer from {}", url.base())).with_source(error);
+            let error =
+                Error::new(ErrorKind::Network, format!("no answer from {}{through}", url.base())).with_source(error);
             Failure { error, class }
         })
     }
 
-    /// Asks the hub for commit, ETag, size and place of a file, without its bytes.
+    /// Asks the hub for commit, ETag, size and place of a file, without its bytes. All hops together have this `time`.
     ///
     /// Redirects within the hub are followed. The commit is that of the first answer that has one: where the file
     /// really lies (a store of blobs), nothing is known of commits. `X-Linked-Etag` and `X-Linked-Size` are those of
-    /// the file; `ETag` and `Content-Length` only where the answer is the file.
-    pub(super) fn describe(&self, target: &Target) -> Result<Described, Failure> {
+    /// the file; `ETag` and `Content-Length` only where the answer is the file, and a redirect's `ETag` where no later
+    /// answer has one.
+    pub(super) fn describe(&self, target: &Target, time: Duration) -> Result<Described, Failure> {
         let mut url = Url::parse(&format!("{}{}", self.endpoint, target.address()))?;
         let (mut commit, mut linked_etag, mut etag, mut size) = (None, None, None, None);
+        self.meter.start(time, OPENING_BYTES);
         for _ in 0..=MAX_HOPS {
             let response = self.send(Method::HEAD, &url, true, 0)?;
             let headers = response.headers();
@@ -230,7 +252,7 @@ impl Client {
             }
             commit = commit.or_else(|| text(headers, "x-repo-commit"));
             linked_etag = linked_etag.or_else(|| text(headers, "x-linked-etag"));
-            etag = etag.or_else(|| text(headers, "etag"));
+            etag = text(headers, "etag").or(etag);
             size = size.or_else(|| number(headers, "x-linked-size"));
             match redirect {
                 Some(next) if next.origin() == self.home => {
@@ -259,8 +281,9 @@ impl Client {
         Err(too_many_hops())
     }
 
-    /// Opens the file at `url` from byte `from` on.
-    pub(super) fn open(&self, url: &Url, from: u64) -> Result<Content, Failure> {
+    /// Opens the file at `url` from byte `from` on. All hops together have this `time`.
+    pub(super) fn open(&self, url: &Url, from: u64, time: Duration) -> Result<Content, Failure> {
+        self.meter.start(time, OPENING_BYTES);
         let mut url = url.clone();
         let mut at_home = true;
         for _ in 0..=MAX_HOPS {

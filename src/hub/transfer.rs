@@ -22,6 +22,8 @@ const RESERVE: Duration = Duration::from_secs(15);
 const PROGRESS_BYTES: u64 = 8 << 20;
 /// A connection slower than this counts as silent.
 const SLOWEST_BYTES_PER_S: u64 = 1024;
+/// What TLS, chunks and gzip may add to the bytes of a file, besides half of them.
+const FRAMING_BYTES: u64 = 1 << 20;
 
 /// Decides whether to try again, and when.
 pub(super) struct Patience {
@@ -44,8 +46,14 @@ impl Patience {
         (self.failures, self.reached, self.hurry) = (0, true, false);
     }
 
-    /// The time to wait after an attempt of duration `spent` failed, having `gained` so many bytes of `size`; or the
-    /// error to end with, if there is no point in another.
+    /// The time an attempt may take without bringing the file forward.
+    pub(super) fn span(&self) -> Duration {
+        let left = PATIENCE.saturating_sub(self.lost).max(self.timeout.min(RESERVE));
+        self.timeout.saturating_mul(2).min(left)
+    }
+
+    /// The time to wait after an attempt failed that had brought nothing for the time `spent`, having `gained` so many
+    /// bytes of `size`; or the error to end with, if there is no point in another.
     pub(super) fn wait(
         &mut self,
         failure: Failure,
@@ -63,7 +71,8 @@ impl Patience {
             self.lost = Duration::ZERO;
         }
         self.failures = self.failures.saturating_add(1);
-        self.lost = self.lost.saturating_add(spent.min(self.timeout));
+        // More than its span has passed only where this process was stopped.
+        self.lost = self.lost.saturating_add(spent.min(self.span()));
         let allowed = match (self.hurry, self.reached) {
             (true, false) => 1,
             (true, true) => 2,
@@ -183,8 +192,8 @@ impl<'a> Partial<'a> {
         let mut most = self.done;
         report(Event::Bytes { file, done: self.done, total: size });
         while self.done < size {
-            let start = Instant::now();
-            let Err(failure) = self.pull(client, patience.timeout, file, report) else { continue };
+            let mut since = Instant::now();
+            let Err(failure) = self.pull(client, patience, &mut since, file, report) else { continue };
             let gained = self.done.saturating_sub(most);
             most = most.max(self.done);
             match failure.class {
@@ -192,23 +201,25 @@ impl<'a> Partial<'a> {
                 Class::Restart => self.reset()?,
                 _ => {}
             }
-            let (wait, error) = patience.wait(failure, start.elapsed(), gained, size)?;
+            let (wait, error) = patience.wait(failure, since.elapsed(), gained, size)?;
             report(Event::Retry { file, wait, reason: &error });
             std::thread::sleep(wait);
         }
         Ok(())
     }
 
-    /// One request for the rest of the file.
+    /// One request for the rest of the file, which has brought next to nothing `since` then.
     fn pull(
         &mut self,
         client: &Client,
-        timeout: Duration,
+        patience: &Patience,
+        since: &mut Instant,
         file: &str,
         report: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
         let size = self.described.size;
-        let content = client.open(&self.described.url, self.done)?;
+        let span = patience.span();
+        let content = client.open(&self.described.url, self.done, span)?;
         match content.part {
             // The server ignores ranges.
             None if self.done > 0 => self.reset()?,
@@ -237,8 +248,13 @@ impl<'a> Partial<'a> {
         let mut body = body.take(missing);
         let mut buffer = vec![0; cache::CHUNK];
         let before = (self.done, self.hasher.clone());
-        let (mut since, mut in_window) = (Instant::now(), 0_u64);
+        // Only bytes of the file renew the time: a server can send framing and nothing else for ever.
+        let floor = u128::from(SLOWEST_BYTES_PER_S).saturating_mul(span.as_millis()) / 1000;
+        let mut in_span = 0_u64;
+        let may_add = (missing / 2).saturating_add(FRAMING_BYTES);
+        client.meter.start(Duration::ZERO, missing.saturating_add(may_add));
         while self.done < size {
+            client.meter.renew(patience.timeout.min(span.saturating_sub(since.elapsed())));
             let count = match body.read(&mut buffer) {
                 Ok(0) => {
                     return Err(Failure::transient(format!("the connection ended at byte {} of {size}", self.done)));
@@ -246,26 +262,29 @@ impl<'a> Partial<'a> {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    let what = format!("the connection broke at byte {} of {size}", self.done);
-                    let mut failure = Failure::transient(what);
+                    let (what, class) = if client.meter.is_spent() {
+                        let what = format!("over {may_add} bytes more than the {missing} that are missing");
+                        (what, Class::Final)
+                    } else if since.elapsed() >= span {
+                        let what = format!("only {in_span} bytes in {:.1} s", since.elapsed().as_secs_f64());
+                        (what, Class::Transient(None))
+                    } else {
+                        (format!("the connection broke at byte {} of {size}", self.done), Class::Transient(None))
+                    };
                     if is_malformed(&error) {
                         // Not cut off but wrong: where the bytes end and the error begins, nobody knows.
                         self.cut(before.0, before.1)?;
                     }
+                    let mut failure = Failure::new(class, what);
                     failure.error = failure.error.with_source(error);
                     return Err(failure);
                 }
             };
             self.append(buffer.get(..count).unwrap_or_default())?;
             report(Event::Bytes { file, done: self.done, total: size });
-            in_window = in_window.saturating_add(count as u64);
-            if since.elapsed() >= timeout {
-                let floor = u128::from(SLOWEST_BYTES_PER_S).saturating_mul(timeout.as_millis()) / 1000;
-                if u128::from(in_window) < floor && self.done < size {
-                    let what = format!("only {in_window} bytes in {:.1} s", since.elapsed().as_secs_f64());
-                    return Err(Failure::transient(what));
-                }
-                (since, in_window) = (Instant::now(), 0);
+            in_span = in_span.saturating_add(count as u64);
+            if u128::from(in_span) >= floor {
+                (*since, in_span) = (Instant::now(), 0);
             }
         }
         Ok(())
