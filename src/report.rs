@@ -407,15 +407,11 @@ mod tests {
                     Value::Array(list) => {
                         let list: Vec<f64> = list.iter().map(|v| v.as_f64().unwrap()).collect();
                         let texts: Vec<f64> = text.split_whitespace().map(|v| v.parse().unwrap()).collect();
-                        assert!(
-                            texts.len() == list.len()
-                                && texts.iter().zip(&list).all(|(a, b)| (a - b).abs() <= 1e-15 * b.abs())
-                        );
+                        assert_eq!(texts, list, "{key}");
                     }
                     number => {
-                        // serde_json reads floats to the last bit but one; it writes them exactly.
-                        let (a, b) = (text.parse::<f64>().unwrap(), number.as_f64().unwrap());
-                        assert!((a - b).abs() <= 1e-15 * b.abs(), "{key}: {a} {b}");
+                        // To the bit: `float_roundtrip` is on.
+                        assert_eq!(text.parse::<f64>().unwrap(), number.as_f64().unwrap(), "{key}");
                     }
                 }
             }
