@@ -70,7 +70,8 @@ pub(crate) fn main() -> ExitCode {
         // Whoever read our output has had enough: `crosscoder info … | head`.
         Err(error) if args::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "crosscoder: {error}");
+            // In one piece: stderr has no buffer.
+            let _ = std::io::stderr().write_all(format!("crosscoder: {error}\n").as_bytes());
             ExitCode::from(if error.kind() == ErrorKind::Usage { 2 } else { 1 })
         }
     }

@@ -137,7 +137,14 @@ impl fmt::Display for Error {
     }
 }
 
-/// Text from a file for a terminal: control characters, newlines among them, are escaped.
+/// Whether a terminal does more than show the character: control characters, separators of lines, and those that turn the
+/// direction of writing, so that a name looks like another.
+pub fn acts_on_a_terminal(c: char) -> bool {
+    let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    turns || c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')
+}
+
+/// Text from a file for a terminal: what [acts on it](acts_on_a_terminal), newlines too, is escaped.
 pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     // Writing to a string cannot fail.
@@ -149,7 +156,7 @@ struct Printable<W>(W);
 
 impl<W: Write> Write for Printable<W> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        text.chars().try_for_each(|c| match c.is_control() {
+        text.chars().try_for_each(|c| match acts_on_a_terminal(c) {
             true => write!(self.0, "{}", c.escape_default()),
             false => self.0.write_char(c),
         })
@@ -190,5 +197,6 @@ mod tests {
         let source = std::io::Error::other("a\u{9b}b");
         let error = Error::io("é 重み \u{1b}[31m\r\n\0", source).at("x\ty\u{7f}");
         assert_eq!(error.to_string(), "x\\ty\\u{7f}: é 重み \\u{1b}[31m\\r\\n\\u{0}: a\\u{9b}b");
+        assert_eq!(printable("W\u{202e}cne\u{2028}\u{2066}e\u{301}"), "W\\u{202e}cne\\u{2028}\\u{2066}e\u{301}");
     }
 }

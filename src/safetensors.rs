@@ -358,7 +358,16 @@ pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metada
         (size(a.1), place(a.1.dtype()), a.0).cmp(&(size(b.1), place(b.1.dtype()), b.0))
     });
     let text = |s: &str| serde_json::Value::from(s).to_string();
-    let mut entries = Vec::with_capacity(order.len());
+    let mut header = String::from("{");
+    // Looked at with each entry: a name has six times its length where all of it must be escaped.
+    let mut add = |name: &str, what: &str| {
+        header.push_str(if header.len() > 1 { "," } else { "" });
+        [&text(name), ":", what].iter().for_each(|piece| header.push_str(piece));
+        match header.len() as u64 > MAX_HEADER_BYTES {
+            true => Err(Error::usage(format!("the header has more bytes than the limit of {MAX_HEADER_BYTES}"))),
+            false => Ok(()),
+        }
+    };
     let mut names = HashSet::new();
     if !metadata.is_empty() {
         let mut keys = HashSet::new();
@@ -366,7 +375,7 @@ pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metada
             return Err(Error::usage(format!("metadata {key:?} comes twice")));
         }
         let pairs: Vec<String> = metadata.iter().map(|(k, v)| format!("{}:{}", text(k), text(v))).collect();
-        entries.push(format!("\"__metadata__\":{{{}}}", pairs.join(",")));
+        add("__metadata__", &format!("{{{}}}", pairs.join(",")))?;
     }
     let mut at = 0u64;
     for &(name, tensor) in &order {
@@ -377,14 +386,12 @@ pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metada
         let end = bytes_of(tensor).and_then(|n| n.checked_add(at));
         let end = end.ok_or_else(|| Error::usage(format!("{name}: shape {:?} overflows", tensor.shape())))?;
         let sizes: Vec<String> = tensor.shape().iter().map(usize::to_string).collect();
-        entries.push(format!(
-            "{}:{{\"dtype\":\"{dtype}\",\"shape\":[{}],\"data_offsets\":[{at},{end}]}}",
-            text(name),
-            sizes.join(",")
-        ));
+        let what = format!("{{\"dtype\":\"{dtype}\",\"shape\":[{}],\"data_offsets\":[{at},{end}]}}", sizes.join(","));
+        add(name, &what)?;
         at = end;
     }
-    let mut header = format!("{{{}}}", entries.join(",")).into_bytes();
+    header.push('}');
+    let mut header = header.into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
     if header.len() as u64 > MAX_HEADER_BYTES {
         return Err(Error::usage(format!("a header of {} bytes; the limit is {MAX_HEADER_BYTES}", header.len())));

@@ -5,7 +5,7 @@ use common::crc32;
 use crosscoder::activations::Activations;
 use crosscoder::checkpoint;
 use crosscoder::files::{Format, TensorFile};
-use crosscoder::info::{Style, info};
+use crosscoder::info::{self, Style};
 use crosscoder::npy::{self, NpyFile};
 use crosscoder::pt::{self, PathPart, PtFile, Save, TensorSource, Writer};
 use crosscoder::report::TrainingLog;
@@ -15,6 +15,12 @@ use crosscoder::{CrossCoder, Dtype, Result, Tensor};
 use serde_json::Value as Json;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
+
+fn info(path: &Path, style: Style, checksums: bool) -> Result<String> {
+    let mut out = Vec::new();
+    info::info(path, style, checksums, &mut out)?;
+    Ok(String::from_utf8(out).unwrap())
+}
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
@@ -385,6 +391,24 @@ fn only_regular_files_are_opened() {
     let said = CrossCoder::load(&folder).unwrap_err().to_string();
     assert!(said.contains("0_cfg.json: it has more bytes than the limit of 67108864"), "{said}");
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// A shard that cannot be read is refused: without its rows a set is another.
+#[test]
+fn no_shard_of_a_folder_is_left_out() {
+    let folder = std::env::temp_dir().join(format!("crosscoder-shards-{}", std::process::id()));
+    std::fs::create_dir_all(folder.join("3.npy")).unwrap();
+    let rows = npy::write(Vec::new(), &constant(Dtype::F32, 1.0, &[4, 2, 3])).unwrap();
+    for name in ["1.npy", "2.NPY"] {
+        std::fs::write(folder.join(name), &rows).unwrap();
+    }
+    std::fs::write(folder.join("notes.txt"), "").unwrap();
+    assert_eq!(Activations::open(&[&folder]).unwrap().rows(), 8);
+    let shard = folder.join("4.npy");
+    std::os::unix::fs::symlink("absent.npy", &shard).unwrap();
+    let said = Activations::open(&[&folder]).unwrap_err().to_string();
+    assert!(said.starts_with(&format!("{}: cannot look at it: ", shard.display())), "{said}");
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]

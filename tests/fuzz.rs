@@ -5,6 +5,7 @@ mod counting;
 #[path = "fuzz/src/targets.rs"]
 mod targets;
 
+use crosscoder::info::Style;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -124,4 +125,103 @@ fn cfg() {
 #[test]
 fn checkpoint() {
     run("checkpoint");
+}
+
+/// Pickles that make as much of little as the limits allow. Deflated, most would have some kilobytes.
+#[test]
+fn little_costs_little() {
+    const MANY: usize = 2_000_000;
+    let of = |parts: &[&[u8]]| [b"\x80\x02", &parts.concat()[..], b"."].concat();
+    let times = |count: usize, piece: &[u8]| piece.repeat(count);
+    let text = |length: usize, of: &str| {
+        [&b"X"[..], &((length * of.len()) as u32).to_le_bytes(), of.repeat(length).as_bytes(), b"q\x000"].concat()
+    };
+    let integers = |count: u32, with: &[u8]| {
+        (0..count).flat_map(|n| [&b"J"[..], &n.to_le_bytes(), with].concat()).collect::<Vec<u8>>()
+    };
+    // A tensor of `dims` sizes of 1, by three bytes: rebuild and arguments from the memo, the call.
+    let tensor = |dims: usize| {
+        let sizes = [&b"("[..], &b"K\x01".repeat(dims), b"t"].concat();
+        let storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x80tQ";
+        let rebuild = b"ctorch._utils\n_rebuild_tensor_v2\nq\x010";
+        [&rebuild[..], b"(", storage, b"K\0", &sizes, &sizes, b"\x89}tq\x020h\x01h\x02Rq\x000"].concat()
+    };
+    let device = b"ctorch\ndevice\nX\x40\0\0\0".iter().copied().chain([b'a'; 64]).chain(*b"\x85R").collect::<Vec<u8>>();
+    let nested = |piece: &[u8]| {
+        let sixteen = times(16, b"h\0");
+        let level = [&b"("[..], &sixteen, b"tq\x000"].concat();
+        [piece, b"q\x000", &level, &level, &level].concat()
+    };
+    // A dict of two keys, the value under both the dict before.
+    let doubled = |key: &[u8]| {
+        let level = [&b"}"[..], key, b"h\x05s", b"K\x01", b"h\x05sq\x050"].concat();
+        [&b"K\x01q\x050"[..], &times(18, &level), b"h\x05"].concat()
+    };
+    let refers = |count: usize| [&b"]("[..], &times(count, b"h\0"), b"e"].concat();
+    for (name, pickle) in [
+        ("memo", of(&[b"N", &times(20 * MANY / 2, b"\x94")])),
+        (
+            "memo, by numbers",
+            of(&[b"N", &(0..2_000_000u32).flat_map(|n| [&b"r"[..], &n.to_le_bytes()].concat()).collect::<Vec<_>>()]),
+        ),
+        ("marks", of(&[&times(10 * MANY, b"(")])),
+        ("stack", of(&[&times(10 * MANY, b"N")])),
+        ("list", of(&[b"]", &times(10, &[&b"("[..], &times(1_200_000, b"N"), b"e"].concat())])),
+        ("lists", of(&[&times(MANY / 2, b"]Na0"), b"N"])),
+        ("values", of(&[&times(MANY, b"G\0\0\0\0\0\0\0\x000"), b"]"])),
+        ("strings", of(&[&times(1_500_000, b"X\x01\0\0\0a0"), b"]"])),
+        ("bytearrays", of(&[&times(700_000, b"\x96\x01\0\0\0\0\0\0\0a0"), b"]"])),
+        ("one key", of(&[b"}", &times(6, &[&b"("[..], &times(900_000, b"NN"), b"u"].concat())])),
+        ("a million keys", of(&[b"}(", &integers(1_000_000, b"N"), b"u"])),
+        ("a million keys, twice", of(&[b"}(", &integers(1_000_000, b"N"), &integers(1_000, b"N"), b"u"])),
+        (
+            "as much as goes",
+            of(&[
+                &times(900_000, b"G\0\0\0\0\0\0\0\x00\x940"),
+                &[&b"]"[..], &times(3, &[&b"("[..], &times(1_500_000, b"N"), b"e"].concat()), b"0"].concat(),
+                &[b"}(", &integers(1_000_000, b"\x94N")[..], b"u"].concat(),
+            ]),
+        ),
+        ("tensors of 64 sizes", of(&[&tensor(64), &times(45_000, b"h\x01h\x02R0"), b"h\0"])),
+        ("tensors", of(&[&tensor(1), &times(200_000, b"h\x01h\x02R0"), b"h\0"])),
+        ("references to a tensor", of(&[&tensor(2), &refers(300_000)])),
+        (
+            "references to a tensor, and many tensors",
+            of(&[&tensor(2), &times(200_000, b"h\x01h\x02R0"), &refers(300_000)]),
+        ),
+        (
+            "tensors under a long key",
+            of(&[&tensor(1), b"h\0q\x030", &text(1 << 20, "k"), b"}h\0", b"](", &times(30, b"h\x03"), b"es"]),
+        ),
+        ("references to a float", of(&[b"G\x80\x12\x34\x56\x78\x9a\xbc\xdeq\x000", &refers(4_000_000)])),
+        ("references to an empty dict", of(&[b"}q\x000", &refers(4_000_000)])),
+        ("references to a string that needs escapes", of(&[&text(60_000, "\u{1}"), &refers(100)])),
+        ("a string that needs escapes", of(&[&text(8 << 20, "\u{7f}"), &refers(1)])),
+        ("references to a device", of(&[&device, b"q\x000", &refers(700_000)])),
+        ("a device's long name", of(&[b"ctorch\ndevice\n", &text(60_000, "a"), b"h\0\x85Rq\x000", &refers(60_000)])),
+        ("a key of devices", of(&[b"}", &nested(&device), b"h\0Ns"])),
+        ("a key of strings", of(&[b"}", &nested(&text(1000, "\u{1}")[..1005]), b"h\0Ns"])),
+        ("doubled dicts", of(&[&doubled(b"N")])),
+        ("doubled dicts with keys of devices", of(&[&nested(&device), &doubled(b"h\0")])),
+        ("a long name", of(&[b"cos\n", &times(20 << 20, b"\x01"), b"\n"])),
+        ("arguments", of(&[b"ctorch\nSize\n(", &times(MANY, b"N"), b"tR"])),
+        (
+            "a long storage key",
+            of(&[b"(X\x07\0\0\0storagectorch\nFloatStorage\n", &text(20 << 20, "\u{1}"), b"h\0NK\x01tQ"]),
+        ),
+    ] {
+        let path = targets::on_disk(&targets::archive_of(&pickle), "pt");
+        let start = Instant::now();
+        let (answer, written, held) = targets::tell(&path, Style::Json, false);
+        let took = start.elapsed();
+        let said = answer.err().map(|e| e.to_string()).unwrap_or_default();
+        println!(
+            "{name}: {} bytes; {} MiB held, {written} bytes written, {took:?}; {said:.200}",
+            pickle.len(),
+            held >> 20
+        );
+        assert!(took < 4 * LONGEST, "{name} took {took:?}");
+        assert!(said.len() < 4000, "{name}: {said}");
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -4,6 +4,7 @@ mod common;
 use common::*;
 use crosscoder::Config;
 use crosscoder::files::TensorFile;
+use crosscoder::info::{Style, info};
 use crosscoder::pt::{PathPart, PtFile, Save, Value, Writer};
 use std::io::Cursor;
 
@@ -294,38 +295,37 @@ fn walks_have_a_limit() {
     let keys = cat(&[&s(&"x".repeat(10_000)), b"q\x000](", &b"}h\x00K\x01s".repeat(100_000), b"e"]);
     refused("long keys", &pt_of(&keys), &["take more"]);
     let sets = cat(&[b"](", &b"K\x01".repeat(5_000), b"eq\x000](", &b"cbuiltins\nset\nh\x00\x85R".repeat(5_000), b"e"]);
-    refused("copies", &pt_of(&sets), &["copy more"]);
+    refused("copies", &pt_of(&sets), &["hold more"]);
+    let keys = cat(&[b"}", &s(&"x".repeat(1 << 20)), b"}", &s("y"), b"Nss"]);
+    refused("a long path", &pt_of(&keys), &["the keys on the way to a value have 1048577 bytes; the limit is 1048576"]);
     accepted("a hundred thousand numbers", &pt_of(&cat(&[b"](", &w(), &b"K\x01".repeat(100_000), b"e"])));
 }
 
-/// A call copies what it is given; 2^22 entries, bytes and characters of all calls together are the limit.
+/// A call copies what it is given; 48 MiB for what values hold is the limit.
 #[test]
 fn calls_pay_for_what_they_copy() {
     const COUNT: usize = 1 << 16;
+    const LIMIT: usize = 48 << 20;
     let numbers = b"K\x01".repeat(COUNT);
     let keys: Vec<u8> = (0..=u16::MAX).flat_map(|n| [b'M', n as u8, (n >> 8) as u8]).collect();
     let entries: Vec<u8> = keys.as_chunks::<3>().0.iter().flat_map(|key| [key, &b"N"[..]].concat()).collect();
     let (list, tuple) = (cat(&[b"](", &numbers, b"e"]), cat(&[b"(", &numbers, b"t"]));
-    // A storage's text is `torch.device("…")`, 16 characters with the quotes.
-    let name = s(&"x".repeat(COUNT - 16));
     let pairs = cat(&[b"K\x01N\x86q\x01](", &b"h\x01".repeat(COUNT), b"e"]);
     let text = cat(&[&s("latin1"), b"q\x010", &s(&"x".repeat(COUNT))]);
-    for (global, argument, arguments) in [
-        ("torch.Size", &tuple, &b"h\0\x85"[..]),
-        ("torch.Size", &list, b"h\0\x85"),
-        ("builtins.set", &list, b"h\0\x85"),
-        ("collections.OrderedDict", &cat(&[b"}(", &entries, b"u"]), b"h\0\x85"),
-        ("collections.OrderedDict", &pairs, b"h\0\x85"),
-        ("_codecs.encode", &text, b"h\0h\x01\x86"),
-        ("torch.device", &name, b"h\0\x85"),
+    for (global, argument, arguments, each) in [
+        ("torch.Size", &tuple, &b"h\0\x85"[..], 4 * COUNT),
+        ("torch.Size", &list, b"h\0\x85", 4 * COUNT),
+        ("builtins.set", &list, b"h\0\x85", 4 * COUNT),
+        ("collections.OrderedDict", &cat(&[b"}(", &entries, b"u"]), b"h\0\x85", 8 * COUNT),
+        ("collections.OrderedDict", &pairs, b"h\0\x85", 8 * COUNT),
+        ("_codecs.encode", &text, b"h\0h\x01\x86", COUNT),
     ] {
         let file = |times: usize| {
             let calls = cat(&[&call(global, arguments), b"0"]).repeat(times);
             pt(&root(&cat(&[argument, b"q\x000", &calls, &w()])))
         };
-        let limit = (1 << 22) / COUNT;
-        accepted(global, &file(limit));
-        refused(global, &file(limit + 1), &["calls copy more than 4194304 references"]);
+        accepted(global, &file(LIMIT / each * 9 / 10));
+        refused(global, &file(LIMIT / each + 1), &["calls hold more than 50331648 bytes"]);
     }
 }
 
@@ -837,6 +837,12 @@ fn keys_of_every_kind_are_spelled() {
     let file = open(&root(&cat(&[b"}(", &all, b"u"]))).unwrap();
     let paths: Vec<_> = file.tensors().iter().map(|t| t.name.as_str()).collect();
     assert_eq!(paths, entries.map(|(_, spelling)| spelling));
+    // Of long ones the beginning is.
+    let nested =
+        cat(&[b"(", &s(&"x".repeat(1000)), b"q\0", &b"h\0".repeat(15), b"tq\x010(", &b"h\x01".repeat(16), b"t"]);
+    let file = open(&root(&cat(&[b"}", &nested, &w(), b"s"]))).unwrap();
+    let [PathPart::Key(key)] = &file.tensors()[0].path[..] else { panic!("no key") };
+    assert!(key.starts_with("(('xxx") && key.ends_with("'))") && key.len() < 1500, "{key}");
     // 33 bytes are too long to be spelled.
     let file = open(&root(&cat(&[b"}\x8a\x21", &[1; 33], &w(), b"s"]))).unwrap();
     assert_eq!(file.tensors()[0].path, [PathPart::from("an int")]);
@@ -983,6 +989,56 @@ fn one_storage_under_a_thousand_names_is_not_read_a_thousand_times() {
     {
         let out = path.with_extension("safetensors");
         assert_convert_refuses_the_work(&path, &out, &file(20));
+        std::fs::remove_file(out).unwrap();
+    }
+    std::fs::remove_file(path).unwrap();
+}
+
+/// What has no path to it, or holds nothing, is told as one thing; and what could act on a terminal is escaped.
+#[test]
+fn what_is_beside_the_tensors_is_told() {
+    let red = s("\u{9b}31m\u{7f}\u{202e}\"\\\n");
+    let pickle = cat(&[
+        &[b"}(", &s("t")[..], &w(), &s("s"), b"\x8f(K\x01K\x02\x90", &s("f"), b"(\x91"].concat(),
+        &[&s("e")[..], b"}", &s("l"), b"]", &s("u"), b")", &s("o"), ORDERED, &s("n"), b"}", &s("x"), b"]s"].concat(),
+        &[&s("c")[..], &red, &red, b"N", b"u"].concat(),
+    ]);
+    let path = std::env::temp_dir().join(format!("crosscoder-told-{}.pt", std::process::id()));
+    std::fs::write(&path, pt(&root(&pickle))).unwrap();
+    let told = |style| {
+        let mut out = Vec::new();
+        info(&path, style, false, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    };
+    let text = told(Style::Text);
+    let lines: Vec<&str> = text.lines().skip(2).collect();
+    assert_eq!(
+        lines,
+        [
+            "s\ta set of 2",
+            "f\tan empty set",
+            "e\tan empty dict",
+            "l\tan empty list",
+            "u\tan empty tuple",
+            "o\tan empty dict",
+            "n.x\tan empty list",
+            r#"c	"\u009b31m\u007f\u202e\"\\\n""#,
+            r#"\u{9b}31m\u{7f}\u{202e}"\\n	null"#,
+        ]
+    );
+    let json = told(Style::Json);
+    assert!(json.contains(r#"{"path":["s"],"what":"a set of 2"},{"path":["f"],"what":"an empty set"}"#), "{json}");
+    assert!(
+        json.contains(r#""values":[{"path":["c"],"value":"\u009b31m\u007f\u202e\"\\\n"},{"path":["\u009b31m"#),
+        "{json}"
+    );
+    #[cfg(feature = "cli")]
+    {
+        let out = path.with_extension("safetensors");
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+        let output = command.arg("convert").args([&path, &out]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said, "plain values left out: s, f, e, l, u, o, n.x, c, \\u{9b}31m\\u{7f}\\u{202e}\"\\\\n\n");
         std::fs::remove_file(out).unwrap();
     }
     std::fs::remove_file(path).unwrap();

@@ -326,8 +326,13 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(list)? {
         let path = entry.map_err(list)?.path();
-        let known = path.extension().is_some_and(|e| e == "pt" || e == "npy" || e == "safetensors");
-        if known && path.is_file() {
+        let ending = path.extension().map(|e| e.to_ascii_lowercase());
+        if !ending.is_some_and(|e| e == "pt" || e == "npy" || e == "safetensors") {
+            continue;
+        }
+        // One that cannot be looked at, a link that leads nowhere, is not left out: its rows would be missing.
+        let about = path.metadata().map_err(|e| Error::io("cannot look at it", e).in_file(&path))?;
+        if !about.is_dir() {
             files.push(path);
         }
     }

@@ -6,14 +6,14 @@ use crosscoder::autodiff::PARAMETER_NAMES;
 use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::dtype::Dtype;
 use crosscoder::error::{Error, Result, printable};
-use crosscoder::files::TensorFile;
+use crosscoder::files::{TensorFile, TensorInfo};
 use crosscoder::layouts::recognise;
 use crosscoder::normalisation;
 use crosscoder::pt::{self, Save, TensorSource};
 use crosscoder::safetensors;
 use crosscoder::tensor::{Tensor, Values};
 use std::collections::HashSet;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -109,13 +109,16 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
     let mut file = TensorFile::open(from)?;
     tell_left_out(&file, is_safetensors(to))?;
     let metadata = file.metadata().to_vec();
-    let entries = file.tensors().to_vec();
-    let (mut tensors, mut names) = (Vec::<(String, Tensor)>::new(), HashSet::new());
-    for (index, entry) in entries.into_iter().enumerate() {
-        let name = if entry.name.is_empty() { "tensor".to_owned() } else { entry.name };
-        if !names.insert(name.clone()) {
-            return Err(Error::unsupported(format!("two tensors have the name {name:?}")).in_file(from));
-        }
+    fn name(entry: &TensorInfo) -> &str {
+        if entry.name.is_empty() { "tensor" } else { &entry.name }
+    }
+    let mut names = HashSet::new();
+    if let Some(again) = file.tensors().iter().map(name).find(|name| !names.insert(*name)) {
+        return Err(Error::unsupported(format!("two tensors have the name {again:?}")).in_file(from));
+    }
+    let mut tensors = Vec::<(String, Tensor)>::new();
+    for index in 0..file.tensors().len() {
+        let name = name(&file.tensors()[index]).to_owned();
         let tensor = file.read_of_all(index)?;
         let is_float = matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
         let tensor = match dtype {
@@ -164,21 +167,23 @@ fn tell_infinite(name: &str, before: usize, tensor: &Tensor) {
     }
 }
 
-/// Names on stderr what a file holds beside tensors and the file to be written does not.
+/// Names on stderr what a file holds beside tensors and the file to be written does not: plain values, sets, and what is empty.
 fn tell_left_out(file: &TensorFile, keeps_metadata: bool) -> Result<()> {
-    let mut values = Vec::new();
+    let mut out = BufWriter::new(std::io::stderr().lock());
+    let (mut before, mut end) = ("plain values left out: ", "");
     if let Some(pt) = file.as_pt() {
         pt.plain_values(|path, _| {
-            values.push(printable(&pt::dotted(path)));
+            let name = if path.is_empty() { "(the root)".into() } else { printable(&pt::dotted(path)) };
+            let _ = write!(out, "{before}{name}");
+            (before, end) = (", ", "\n");
             Ok(())
         })?;
     }
-    let metadata = if keeps_metadata { &[] } else { file.metadata() };
-    let metadata: Vec<String> = metadata.iter().map(|(key, _)| printable(key)).collect();
-    for (what, names) in [("plain values", values), ("metadata", metadata)] {
-        if !names.is_empty() {
-            tell(format_args!("{what} left out: {}", names.join(", ")));
-        }
+    if let (false, [(first, _), more @ ..]) = (keeps_metadata, file.metadata()) {
+        let _ = write!(out, "metadata left out: {}", printable(first));
+        more.iter().for_each(|(key, _)| drop(write!(out, ", {}", printable(key))));
+        end = "\n";
     }
+    let _ = out.write_all(end.as_bytes());
     Ok(())
 }

@@ -3,7 +3,7 @@
 use super::args;
 use crosscoder::error::{Error, Result};
 use crosscoder::info::{Style, info};
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -41,10 +41,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Some(address) => super::download::file(address),
             None => Ok(file),
         };
-        match local.and_then(|file| info(&file, style, checksums)) {
-            Ok(text) => args::print(&text)?,
+        let mut out = BufWriter::new(std::io::stdout().lock());
+        let told = local.and_then(|file| info(&file, style, checksums, &mut out));
+        match told.and_then(|()| out.flush().map_err(|e| Error::io("cannot print", e))) {
+            Ok(()) => {}
+            Err(error) if args::is_broken_pipe(&error) => return Err(error),
             Err(error) => {
-                let _ = writeln!(std::io::stderr(), "crosscoder: {error}");
+                let _ = std::io::stderr().write_all(format!("crosscoder: {error}\n").as_bytes());
                 status = ExitCode::FAILURE;
             }
         }

@@ -40,7 +40,7 @@ use std::io::{Read, Seek};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use value::Tree;
+use value::{Tree, short};
 
 /// A pickle longer than this is refused. It is read into memory; that of a checkpoint with 10,000 tensors has 1 MB.
 const PICKLE_BYTES: u64 = 256 << 20;
@@ -110,12 +110,12 @@ impl<R: Read + Seek> PtFile<R> {
         let bytes = container.read_all(pickle, limit)?;
         let find = |key: &str| {
             let name = format!("{folder}data/{key}");
-            let missing = || Error::format(format!("storage {key:?} is missing: there is no record {name:?}"));
+            let missing =
+                || Error::format(format!("storage {:?} is missing: there is no record {:?}", short(key), short(&name)));
             let index = container.find(&name)?.filter(|_| !key.ends_with('/')).ok_or_else(missing)?;
             Ok((index, container.record(index)?.size))
         };
-        let (nodes, root) = pickle::parse(&bytes, &find).map_err(|e| e.at(&name))?;
-        drop(bytes);
+        let (nodes, root) = pickle::parse(bytes, &find).map_err(|e| e.at(&name))?;
         let tree = Tree::new(nodes, root);
         // Once for the limits, which a hostile file passes after a million tensors, and once to keep them.
         tree.walk(|_, _| Ok(())).map_err(|e| e.at(&name))?;
@@ -149,7 +149,8 @@ impl<R: Read + Seek> PtFile<R> {
         entry.map(|t| t.tensor.clone()).ok_or_else(|| Error::format(format!("there is no tensor {:?}", dotted(path))))
     }
 
-    /// Calls `visit` with path and value of everything that is neither tensor nor container.
+    /// Calls `visit` with path and value of everything that is neither tensor nor a container of something with a path: of
+    /// plain values, of sets as a whole, and of dicts, lists and tuples that are empty.
     ///
     /// # Errors
     /// Those of `visit`.

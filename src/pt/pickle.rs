@@ -8,7 +8,7 @@
 //! with later, a value that is referred to a million times is there once, values that contain themselves need no care,
 //! and nothing here recurses, also not when it is dropped.
 
-use super::value::{Id, Node, Nodes};
+use super::value::{ALLOCATION_BYTES, Id, Node, Nodes, short};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::raw::Bytes;
@@ -16,8 +16,15 @@ use crate::tensor::element_count;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// More values than this in one pickle are refused, as are more copies of references than this.
-const MAX_NODES: usize = 1 << 22;
+/// More values than this in one pickle are refused, as is more on the stack, under a MARK or in the memo at once.
+const MAX_NODES: usize = 1 << 21;
+/// What values hold beside their places in the table: references, sizes of tensors, descriptions, copies that calls make, and
+/// what an allocation costs. The bytes of strings do not count: they are in the pickle.
+const MAX_HELD_BYTES: usize = 48 << 20;
+/// So many keys may differ in the dicts of one pickle.
+const MAX_KEYS: usize = 1 << 20;
+/// A device's name, such as `cuda:0`, may have this many bytes.
+const MAX_DEVICE_BYTES: usize = 64;
 /// PyTorch's own limit on the dimensions of a tensor.
 const MAX_DIMS: usize = 64;
 /// A view whose elements take more than this, and more than `EXPANSION` times its storage, is refused.
@@ -212,6 +219,7 @@ impl Global {
                 _ if module.starts_with("__torch__") => " (a TorchScript class)",
                 _ => "",
             };
+            let (module, name) = (short(module), short(name));
             Error::unsupported(format!("global '{module}.{name}'{hint} is not allowed; no state dict needs it"))
         })
     }
@@ -247,7 +255,14 @@ impl Global {
 pub(crate) type FindRecord<'a> = &'a dyn Fn(&str) -> Result<(usize, u64)>;
 
 /// Runs the pickle. The result is the table of values and the root's number in it.
-pub(crate) fn parse(pickle: &[u8], find: FindRecord<'_>) -> Result<(Nodes, Id)> {
+pub(crate) fn parse(pickle: Vec<u8>, find: FindRecord<'_>) -> Result<(Nodes, Id)> {
+    let (mut nodes, root) = run(&pickle, find)?;
+    drop(pickle);
+    merge_keys(&mut nodes)?;
+    Ok((nodes, root))
+}
+
+fn run(pickle: &[u8], find: FindRecord<'_>) -> Result<(Nodes, Id)> {
     let mut machine = Machine {
         bytes: Bytes::new(pickle),
         stack: Vec::new(),
@@ -255,20 +270,17 @@ pub(crate) fn parse(pickle: &[u8], find: FindRecord<'_>) -> Result<(Nodes, Id)> 
         memo: HashMap::new(),
         nodes: Nodes::new(),
         storages: HashMap::new(),
-        copied: 0,
+        held: 0,
         find,
     };
-    let root = loop {
+    loop {
         let at = machine.bytes.at();
         match machine.step() {
             Ok(None) => {}
-            Ok(Some(root)) => break root,
+            Ok(Some(root)) => return Ok((machine.nodes, root)),
             Err(e) => return Err(e.at(format!("byte {at}"))),
         }
-    };
-    let mut nodes = machine.nodes;
-    merge_keys(&mut nodes)?;
-    Ok((nodes, root))
+    }
 }
 
 struct Machine<'a> {
@@ -280,8 +292,8 @@ struct Machine<'a> {
     nodes: Nodes,
     /// The class under which each record was first named: PyTorch lets the first one rule, so others are refused.
     storages: HashMap<usize, Storage>,
-    /// References that calls have copied.
-    copied: usize,
+    /// See [`MAX_HELD_BYTES`].
+    held: usize,
     find: FindRecord<'a>,
 }
 
@@ -289,6 +301,9 @@ impl<'a> Machine<'a> {
     /// Carries out one opcode. The result is the root's number after STOP.
     fn step(&mut self) -> Result<Option<Id>> {
         let [opcode] = self.operand("the pickle")?;
+        if self.stack.len().max(self.marks.len()) > MAX_NODES {
+            return Err(Error::format(format!("more than {MAX_NODES} values or MARKs on the stack")));
+        }
         match opcode {
             0x80 => {
                 let [version] = self.operand("PROTO")?;
@@ -391,6 +406,7 @@ impl<'a> Machine<'a> {
             0x90 => {
                 let items = self.pop_mark()?;
                 self.check_elements(&items)?;
+                self.hold(references(&items))?;
                 let top = self.top()?;
                 match self.nodes.get_mut(top) {
                     Some(Node::Set(elements, false)) => elements.extend(items),
@@ -470,9 +486,9 @@ impl<'a> Machine<'a> {
                     _ => self.new_object(*global, arguments),
                 };
                 let result = result.map_err(|e| e.at(global.name()))?;
-                self.copied = self.copied.saturating_add(result.references());
-                if self.copied > MAX_NODES {
-                    return Err(Error::format(format!("calls copy more than {MAX_NODES} references")));
+                // Of bytes that a call makes there is another copy than the pickle's.
+                if let Node::Bytes(bytes) = &result {
+                    self.hold(bytes.len())?;
                 }
                 self.push(result)?;
             }
@@ -488,8 +504,8 @@ impl<'a> Machine<'a> {
                 }
             }
             b'i' => {
-                let module = self.bytes.line().map(String::from_utf8_lossy).unwrap_or_default();
-                let name = self.bytes.line().map(String::from_utf8_lossy).unwrap_or_default();
+                let mut name = || str::from_utf8(self.bytes.line().unwrap_or_default()).unwrap_or("?");
+                let (module, name) = (short(name()), short(name()));
                 return Err(Error::unsupported(format!("INST, a call of '{module}.{name}', is not allowed")));
             }
             _ => return Err(Error::unsupported(format!("opcode {opcode:02x}{} is not allowed", known_opcode(opcode)))),
@@ -522,9 +538,18 @@ impl<'a> Machine<'a> {
         if self.nodes.len() >= MAX_NODES {
             return Err(Error::format(format!("more than {MAX_NODES} values")));
         }
+        self.hold(node.held_bytes())?;
         let id = self.nodes.add(node);
         self.stack.push(id);
         Ok(())
+    }
+
+    fn hold(&mut self, bytes: usize) -> Result<()> {
+        self.held = self.held.saturating_add(bytes);
+        match self.held > MAX_HELD_BYTES {
+            true => Err(Error::format(format!("containers, tensors and calls hold more than {MAX_HELD_BYTES} bytes"))),
+            false => Ok(()),
+        }
     }
 
     fn push_int(&mut self, value: i64) -> Result<()> {
@@ -607,7 +632,10 @@ impl<'a> Machine<'a> {
     fn remember(&mut self, n: u32) -> Result<()> {
         let top = self.top()?;
         self.memo.insert(n, top);
-        Ok(())
+        match self.memo.len() > MAX_NODES {
+            true => Err(Error::format(format!("more than {MAX_NODES} values are memoized"))),
+            false => Ok(()),
+        }
     }
 
     fn recall(&mut self, n: u32) -> Result<()> {
@@ -622,6 +650,7 @@ impl<'a> Machine<'a> {
     }
 
     fn append(&mut self, what: &str, items: &[Id]) -> Result<()> {
+        self.hold(references(items))?;
         let top = self.top()?;
         match self.nodes.get_mut(top) {
             Some(Node::List(list)) => {
@@ -640,6 +669,7 @@ impl<'a> Machine<'a> {
         }
         let keys: Vec<Id> = pairs.iter().map(|&[key, _]| key).collect();
         self.check_elements(&keys)?;
+        self.hold(references(items))?;
         let top = self.top()?;
         match self.nodes.get_mut(top) {
             Some(Node::Dict(entries, _)) => {
@@ -676,7 +706,7 @@ impl<'a> Machine<'a> {
             return Err(Error::format("a persistent id is not ('storage', class, key, location, count)"));
         };
         if &**tag != "storage" {
-            return Err(Error::format(format!("a persistent id begins with {tag:?}, not 'storage'")));
+            return Err(Error::format(format!("a persistent id begins with {:?}, not 'storage'", short(tag))));
         }
         let size = match class {
             Global::Storage(_, Some(dtype)) => dtype.size_bytes() as u64,
@@ -689,7 +719,8 @@ impl<'a> Machine<'a> {
             _ => return Err(Error::format(format!("{} as the class of a storage", class.name()))),
         };
         let Node::Int(count) = count else {
-            return Err(Error::format(format!("storage {key:?}: its count of elements is not an integer of 64 bits")));
+            let what = format!("storage {:?}: its count of elements is not an integer of 64 bits", short(key));
+            return Err(Error::format(what));
         };
         let bytes = u64::try_from(*count).ok().and_then(|n| n.checked_mul(size));
         let (record, record_bytes) = (self.find)(key)?;
@@ -715,8 +746,9 @@ impl<'a> Machine<'a> {
     fn call(&self, global: Global, arguments: &[Id]) -> Result<Node> {
         let node = |id: Id| self.nodes.get(id).unwrap_or(&Node::None);
         let wrong = |needed: &str| {
-            let kinds: Vec<&str> = arguments.iter().map(|&id| self.nodes.kind(id)).collect();
-            Error::format(format!("needs {needed} as arguments, got ({})", kinds.join(", ")))
+            let kinds: Vec<&str> = arguments.iter().take(9).map(|&id| self.nodes.kind(id)).collect();
+            let more = if arguments.len() > 9 { ", …" } else { "" };
+            Error::format(format!("needs {needed} as arguments, got ({}{more})", kinds.join(", ")))
         };
         let nodes: Vec<&Node> = arguments.iter().take(9).map(|&id| node(id)).collect();
         match (global, nodes.as_slice()) {
@@ -743,6 +775,9 @@ impl<'a> Machine<'a> {
                 Ok(Node::Tuple(sizes.clone()))
             }
             (Global::Size, _) => Err(wrong("a tuple of integers")),
+            (Global::Device, [Node::Str(kind), ..]) if kind.len() > MAX_DEVICE_BYTES => {
+                Err(Error::format(format!("a device's name of {} bytes; the limit is {MAX_DEVICE_BYTES}", kind.len())))
+            }
             (Global::Device, [Node::Str(kind)]) => Ok(Node::Opaque(format!("torch.device({kind:?})"))),
             (Global::Device, [Node::Str(kind), Node::Int(n)]) => {
                 Ok(Node::Opaque(format!("torch.device(\"{kind}:{n}\")")))
@@ -959,32 +994,37 @@ fn known_opcode(opcode: u8) -> &'static str {
     }
 }
 
+/// How many bytes containers take for these references, and for the room that they make beside.
+fn references(items: &[Id]) -> usize {
+    ALLOCATION_BYTES.saturating_add(items.len().saturating_mul(size_of::<Id>()))
+}
+
 /// In every dict, a key that is set again keeps its place and takes the new value, as in Python.
 fn merge_keys(nodes: &mut Nodes) -> Result<()> {
-    let mut keys = Keys { numbers: HashMap::new(), of: HashMap::new() };
+    let mut keys = Keys { numbers: HashMap::new(), of: vec![Keys::UNKNOWN; nodes.len()] };
     for id in nodes.ids() {
-        let Some(Node::Dict(entries, _)) = nodes.get(id) else { continue };
-        if entries.len() < 2 {
-            continue;
-        }
-        let mut places = HashMap::with_capacity(entries.len());
-        let mut merged: Vec<(Id, Id)> = Vec::with_capacity(entries.len());
-        for &(key, value) in entries {
-            let number = keys.number(nodes, key, 0)?;
-            match places.get(&number).and_then(|&place: &usize| merged.get_mut(place)) {
-                Some(entry) => entry.1 = value,
-                None => {
-                    places.insert(number, merged.len());
-                    merged.push((key, value));
+        let mut entries = match nodes.get_mut(id) {
+            Some(Node::Dict(entries, _)) if entries.len() > 1 => std::mem::take(entries),
+            _ => continue,
+        };
+        // The place that each key has among the first `kept` entries, which are those that stay.
+        let (mut places, mut kept) = (HashMap::<u32, usize>::new(), 0usize);
+        for next in 0..entries.len() {
+            let Some(&entry) = entries.get(next) else { break };
+            let place = *places.entry(keys.number(nodes, entry.0, 0)?).or_insert(kept);
+            match entries.get_mut(place) {
+                Some(known) if place < kept => known.1 = entry.1,
+                Some(free) => {
+                    *free = entry;
+                    kept = kept.saturating_add(1);
                 }
+                None => {}
             }
         }
-        if let Some(Node::Dict(entries, _)) = nodes.get_mut(id)
-            && entries.len() != merged.len()
-        {
-            *entries = merged;
-        } else if let Some(Node::Dict(entries, _)) = nodes.get_mut(id) {
-            entries.shrink_to_fit();
+        entries.truncate(kept);
+        entries.shrink_to_fit();
+        if let Some(Node::Dict(empty, _)) = nodes.get_mut(id) {
+            *empty = entries;
         }
     }
     Ok(())
@@ -992,13 +1032,17 @@ fn merge_keys(nodes: &mut Nodes) -> Result<()> {
 
 /// Numbers that are equal where Python's keys are.
 struct Keys {
-    numbers: HashMap<Vec<u8>, u32>,
-    of: HashMap<Id, u32>,
+    numbers: HashMap<Box<[u8]>, u32>,
+    /// The numbers by [`Id`].
+    of: Vec<u32>,
 }
 
 impl Keys {
+    const UNKNOWN: u32 = u32::MAX;
+
     fn number(&mut self, nodes: &Nodes, id: Id, depth: usize) -> Result<u32> {
-        if let Some(&number) = self.of.get(&id) {
+        let place = usize::try_from(id).unwrap_or(usize::MAX);
+        if let Some(&number) = self.of.get(place).filter(|&&number| number != Self::UNKNOWN) {
             return Ok(number);
         }
         let text = |tag: u8, bytes: &[u8]| [&[tag], bytes].concat();
@@ -1035,9 +1079,14 @@ impl Keys {
             // Also frozen sets, which are equal where their elements are, in whatever order.
             _ => return Err(Error::format(format!("{} is or lies in a key of a dict", nodes.kind(id)))),
         };
-        let next = u32::try_from(self.numbers.len()).unwrap_or(u32::MAX);
-        let number = *self.numbers.entry(canonical).or_insert(next);
-        self.of.insert(id, number);
+        let next = u32::try_from(self.numbers.len()).unwrap_or(Self::UNKNOWN);
+        let number = *self.numbers.entry(canonical.into()).or_insert(next);
+        if self.numbers.len() > MAX_KEYS {
+            return Err(Error::format(format!("more than {MAX_KEYS} different keys of dicts")));
+        }
+        if let Some(known) = self.of.get_mut(place) {
+            *known = number;
+        }
         Ok(number)
     }
 }

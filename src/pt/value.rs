@@ -2,6 +2,7 @@
 
 use super::pickle::{Global, Storage, TensorRef};
 use crate::error::{Error, Result};
+use std::fmt::Write;
 use std::sync::Arc;
 
 /// The number of a value in its table.
@@ -11,11 +12,22 @@ pub(crate) type Id = u32;
 const MAX_DEPTH: usize = 1000;
 /// A walk over all values, counting one as often as it is referred to, may visit this many ...
 const MAX_VISITS: usize = 1 << 22;
-/// ... and tensors with their paths, and plain values with theirs, may take this many bytes each.
-const MAX_WALK_BYTES: usize = 64 << 20;
-/// What a step of a path takes beside the text of its key: in memory, and written down.
-const STEP_BYTES: usize = 32;
+/// ... tensors may take this many bytes with their paths and names, in all the copies that a reader makes of these ...
+const MAX_TENSOR_BYTES: usize = 128 << 20;
+/// ... and plain values and keys, written down with the paths to them, this many.
+const MAX_TEXT_BYTES: usize = 64 << 20;
+/// What an entry in a list of tensors takes, a step of its path, and a byte of its name.
+const TENSOR_BYTES: usize = 320;
+const STEP_BYTES: usize = 64;
+const NAME_COPIES: usize = 4;
+/// What a step of a path takes beside the text of its key, written down.
 const STEP_TEXT: usize = 8;
+/// The keys on the way to a value may have this many bytes together.
+const MAX_PATH_BYTES: usize = 1 << 20;
+/// A key that is no string or integer is spelled up to about this many bytes.
+const MAX_KEY_BYTES: usize = 1 << 10;
+/// What an allocation takes beside what is asked for.
+pub(crate) const ALLOCATION_BYTES: usize = 32;
 
 /// One value; containers hold the numbers of others.
 #[derive(Debug)]
@@ -42,15 +54,20 @@ pub(crate) enum Node {
 }
 
 impl Node {
-    /// How many references or bytes making this node copied.
-    pub(crate) fn references(&self) -> usize {
-        match self {
-            Node::Tuple(ids) | Node::List(ids) | Node::Set(ids, _) => ids.len(),
-            Node::Dict(entries, _) => entries.len(),
-            Node::Bytes(bytes) => bytes.len(),
+    /// The bytes that it holds beside its place in the table, but for those of strings.
+    pub(crate) fn held_bytes(&self) -> usize {
+        let own = match self {
+            Node::Tuple(ids) | Node::List(ids) | Node::Set(ids, _) => size_of_val(ids.as_slice()),
+            Node::Dict(entries, _) => size_of_val(entries.as_slice()),
+            Node::Tensor(tensor) => {
+                let sizes = size_of_val(tensor.shape.as_slice()).saturating_mul(2);
+                sizes.saturating_add(size_of::<TensorRef>()).saturating_add(ALLOCATION_BYTES.saturating_mul(2))
+            }
             Node::Opaque(text) => text.len(),
-            _ => 0,
-        }
+            Node::Big(_) | Node::Str(_) | Node::Bytes(_) => 0,
+            _ => return 0,
+        };
+        own.saturating_add(ALLOCATION_BYTES)
     }
 }
 
@@ -143,36 +160,49 @@ impl Nodes {
         match self.get(id) {
             Some(Node::Str(text)) => PathPart::Key(text.clone()),
             Some(Node::Int(n)) => PathPart::Index(*n),
-            _ => PathPart::Key(self.repr(id, 0).into()),
+            _ => {
+                let mut text = String::new();
+                self.spell(id, 0, &mut text);
+                PathPart::Key(text.into())
+            }
         }
     }
 
-    /// A key that is neither string nor integer, as Python's `str` shows it, more or less.
-    fn repr(&self, id: Id, depth: usize) -> String {
-        match self.get(id) {
+    /// Appends a key that is neither string nor integer, as Python's `str` shows it, more or less.
+    fn spell(&self, id: Id, depth: usize, out: &mut String) {
+        // Writing to a string cannot fail.
+        let _ = match self.get(id) {
             Some(Node::Tuple(items)) if depth < 3 => {
-                let items: Vec<String> =
-                    items.iter().take(16).map(|&i| self.repr(i, depth.saturating_add(1))).collect();
-                match items.as_slice() {
-                    [one] => format!("({one},)"),
-                    items => format!("({})", items.join(", ")),
+                out.push('(');
+                for (index, &item) in items.iter().take(16).enumerate() {
+                    if out.len() > MAX_KEY_BYTES {
+                        break;
+                    }
+                    out.push_str(if index == 0 { "" } else { ", " });
+                    self.spell(item, depth.saturating_add(1), out);
                 }
+                out.write_str(if items.len() == 1 { ",)" } else { ")" })
             }
-            Some(Node::Str(text)) => format!("'{}'", text.chars().take(256).collect::<String>()),
-            Some(Node::None) => "None".into(),
-            Some(Node::Bool(true)) => "True".into(),
-            Some(Node::Bool(false)) => "False".into(),
-            Some(Node::Int(n)) => n.to_string(),
-            Some(Node::Big(bytes)) if bytes.len() <= 32 => BigInt(bytes).to_string(),
-            Some(Node::Float(f)) => format!("{f:?}"),
+            Some(Node::Str(text)) => write!(out, "'{}'", short(text)),
+            Some(Node::None) => out.write_str("None"),
+            Some(Node::Bool(true)) => out.write_str("True"),
+            Some(Node::Bool(false)) => out.write_str("False"),
+            Some(Node::Int(n)) => write!(out, "{n}"),
+            Some(Node::Big(bytes)) if bytes.len() <= 32 => write!(out, "{}", BigInt(bytes)),
+            Some(Node::Float(f)) => write!(out, "{f:?}"),
             Some(Node::Bytes(bytes)) => {
-                format!("b'{}'", bytes.iter().take(256).map(|&b| b.escape_ascii().to_string()).collect::<String>())
+                write!(out, "b'{}'", bytes.get(..256).unwrap_or(bytes).escape_ascii())
             }
-            Some(Node::Opaque(what)) => what.clone(),
-            Some(Node::Global(global)) => global.name().into(),
-            _ => self.kind(id).into(),
-        }
+            Some(Node::Opaque(what)) => out.write_str(what),
+            Some(Node::Global(global)) => out.write_str(global.name()),
+            _ => out.write_str(self.kind(id)),
+        };
     }
+}
+
+/// The first 256 characters, for a message.
+pub(super) fn short(text: &str) -> &str {
+    text.char_indices().nth(256).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
 }
 
 /// One step of the way to a value.
@@ -427,7 +457,8 @@ impl Tree {
         self.nodes.value(self.root)
     }
 
-    /// Calls `visit` with the path and value of every leaf: whatever is no dict, list, tuple or set.
+    /// Calls `visit` with the path and value of every leaf: whatever is no dict, list or tuple that holds something. A set is a
+    /// leaf: what lies in it has no path, and is looked at for the limits alone.
     ///
     /// # Errors
     /// Too deep, too many, a tensor in a set (which has no path), and the errors of `visit`.
@@ -458,23 +489,43 @@ impl Tree {
                     _ => 0,
                 };
                 let (steps, text) = (steps.saturating_add(1), text.saturating_add(key_bytes));
+                if text > MAX_PATH_BYTES {
+                    return Err(Error::format(format!(
+                        "the keys on the way to a value have {text} bytes; the limit is {MAX_PATH_BYTES}"
+                    )));
+                }
+                let written = steps.saturating_mul(STEP_TEXT).saturating_add(text);
                 match self.nodes.get(id) {
-                    Some(Node::Tuple(_) | Node::List(_) | Node::Dict(..) | Node::Set(..)) => {
+                    Some(node @ (Node::Tuple(_) | Node::List(_) | Node::Dict(..) | Node::Set(..))) => {
                         if frames.len() >= MAX_DEPTH {
                             return Err(Error::format(format!("values nest deeper than the limit of {MAX_DEPTH}")));
                         }
-                        let in_set = in_set || matches!(self.nodes.get(id), Some(Node::Set(..)));
-                        frames.push(Frame { id, next: 0, in_set, cost: (steps, text) });
+                        let (is_set, is_empty) = match node {
+                            Node::Set(..) => (true, false),
+                            Node::Tuple(ids) | Node::List(ids) => (false, ids.is_empty()),
+                            Node::Dict(entries, _) => (false, entries.is_empty()),
+                            _ => (false, false),
+                        };
+                        let is_leaf = (is_set || is_empty) && !in_set;
+                        // Of others, the key alone: it was spelled.
+                        let own = if is_leaf { written } else { key_bytes };
+                        plain_bytes = plain_bytes.saturating_add(own);
+                        spend(plain_bytes, MAX_TEXT_BYTES)?;
+                        if is_leaf {
+                            visit(&path, self.nodes.value(id))?;
+                        }
+                        frames.push(Frame { id, next: 0, in_set: in_set || is_set, cost: (steps, text) });
                         continue;
                     }
                     Some(Node::Tensor(_)) if in_set => {
                         return Err(Error::unsupported("a tensor in a set, where it has no place to be found by"));
                     }
                     Some(Node::Tensor(tensor)) => {
-                        let dims = tensor.shape.len().saturating_mul(2);
-                        let own = dims.saturating_add(steps).saturating_mul(STEP_BYTES).saturating_add(text);
+                        let sizes = size_of_val(tensor.shape.as_slice()).saturating_mul(2);
+                        let way = steps.saturating_mul(STEP_BYTES).saturating_add(text.saturating_mul(NAME_COPIES));
+                        let own = TENSOR_BYTES.saturating_add(sizes).saturating_add(way);
                         tensor_bytes = tensor_bytes.saturating_add(own);
-                        spend(tensor_bytes)?;
+                        spend(tensor_bytes, MAX_TENSOR_BYTES)?;
                         visit(&path, Value::Tensor(tensor))?;
                     }
                     node => {
@@ -482,11 +533,11 @@ impl Tree {
                             Some(Node::Str(text)) => text.len(),
                             // Decimal digits take quadratic time.
                             Some(Node::Big(bytes)) => bytes.len().saturating_mul(bytes.len()),
+                            Some(Node::Opaque(what)) => what.len(),
                             _ => 0,
                         };
-                        let own = steps.saturating_mul(STEP_TEXT).saturating_add(text).saturating_add(own);
-                        plain_bytes = plain_bytes.saturating_add(own);
-                        spend(plain_bytes)?;
+                        plain_bytes = plain_bytes.saturating_add(written).saturating_add(own);
+                        spend(plain_bytes, MAX_TEXT_BYTES)?;
                         if !in_set {
                             visit(&path, self.nodes.value(id))?;
                         }
@@ -518,10 +569,10 @@ impl Tree {
     }
 }
 
-fn spend(bytes: usize) -> Result<()> {
-    match bytes > MAX_WALK_BYTES {
+fn spend(bytes: usize, limit: usize) -> Result<()> {
+    match bytes > limit {
         true => Err(Error::format(format!(
-            "too many values: with the paths to them they take more than the limit of {MAX_WALK_BYTES} bytes (a value counts for \
+            "too many values: with the paths to them they take more than the limit of {limit} bytes (a value counts for \
              each reference to it)"
         ))),
         false => Ok(()),

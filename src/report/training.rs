@@ -13,6 +13,11 @@ const LOG_BYTES: u64 = 1 << 30;
 /// So many names are kept beside those that the original logs: each is a chart, and a number for each step, logged or not.
 pub const MAX_NAMES: usize = 64;
 
+/// Names times steps may be this many, and `PADDING` times the values that are there: a name that is logged once takes a number
+/// for each step too.
+const ROOM: usize = 1 << 22;
+const PADDING: usize = 16;
+
 /// Curves over the steps of a run, by the names that the original logs.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TrainingLog {
@@ -40,10 +45,10 @@ impl TrainingLog {
     /// no JSON is left out (a run that was cut off), and so are names beyond [`MAX_NAMES`].
     ///
     /// # Errors
-    /// A line that is no object, or has no step.
+    /// A line that is no object, or has no step; far more steps and names than values.
     pub fn from_jsonl(text: &str) -> Result<Self> {
         let mut log = TrainingLog::default();
-        let mut left_out = BTreeSet::new();
+        let (mut left_out, mut values) = (BTreeSet::new(), 0usize);
         let is_original = |key: &str| CURVES.iter().any(|(name, ..)| *name == key);
         for (i, line) in text.split_inclusive('\n').enumerate() {
             if line.trim().is_empty() {
@@ -72,8 +77,17 @@ impl TrainingLog {
                     }
                 };
                 log.curves[curve].1.push(value);
+                values += 1;
             }
             log.steps.push(step);
+            let (names, steps) = (log.curves.len(), log.steps.len());
+            let limit = values.saturating_mul(PADDING).saturating_add(ROOM);
+            if names.saturating_mul(steps) > limit {
+                return Err(at(Error::unsupported(format!(
+                    "{names} names over {steps} steps, and only {values} values were logged; the limit on names times steps is \
+                     {limit}"
+                ))));
+            }
             log.curves.iter_mut().for_each(|(_, values)| values.resize(log.steps.len(), f64::NAN));
         }
         log.left_out = left_out.len();
@@ -118,6 +132,22 @@ mod tests {
         assert_eq!((log.curves.len(), log.left_out), (MAX_NAMES + 1, 100));
         assert_eq!(log.curve("loss").unwrap().last(), Some(&3.0));
         assert_eq!((log.curve("k63").map(<[f64]>::len), log.curve("k64")), (Some(MAX_NAMES + 101), None));
+    }
+
+    #[test]
+    fn a_log_takes_no_more_than_its_values() {
+        let head: String = (0..MAX_NAMES).map(|i| format!(", \"k{i}\": 1")).collect();
+        let log = |steps: usize, line: fn(usize) -> String| {
+            let lines: String = (1..steps).map(line).collect();
+            TrainingLog::from_jsonl(&format!("{{\"step\": 0{head}}}\n{lines}")).map(|log| log.steps.len())
+        };
+        let bare = |step| format!("{{\"step\": {step}}}\n");
+        assert_eq!(log(60_000, bare).unwrap(), 60_000);
+        let said = log(80_000, bare).unwrap_err().to_string();
+        assert!(said.starts_with("line 65553: 64 names over 65553 steps, and only 64 values were logged"), "{said}");
+        // As a run logs: five values at each step.
+        let full = |step| format!("{{\"step\": {step}, \"k0\": 1, \"k1\": 1, \"k2\": 1, \"k3\": 1, \"k4\": 1}}\n");
+        assert_eq!(log(80_000, full).unwrap(), 80_000);
     }
 
     #[test]

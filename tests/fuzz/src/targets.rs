@@ -5,21 +5,23 @@
 //! - The checksum that is told of a tensor is that of its elements; its rows, read alone, are rows of the whole.
 //! - What was accepted can be written, our reader accepts that, finds the same in it, and writes the same bytes again.
 //! - A refusal says something.
+//! - What `info` tells of a file, and `convert` of what it leaves out, is told in bounded memory and does nothing to a terminal.
 //!
 //! `run.sh` runs them under libFuzzer, `tests/fuzz.rs` for a bounded number of seeded mutants.
 
 use crate::counting::{Used, measure};
 use crosscoder::autodiff::{PARAMETER_NAMES, Parameters};
 use crosscoder::backend::Cpu;
-use crosscoder::error::Result;
+use crosscoder::error::{Result, acts_on_a_terminal, printable};
 use crosscoder::files::{TensorFile, TensorInfo};
+use crosscoder::info::{Style, info};
 use crosscoder::npy::{self, NpyFile};
 use crosscoder::pt::{self, PathPart, PtFile, Save, TensorSource, Value, Writer};
 use crosscoder::safetensors::{self, SafetensorsFile};
 use crosscoder::tensor::{Tensor, element_count};
 use crosscoder::{Config, CrossCoder, Dtype, Error, layouts, normalisation};
 use std::collections::HashMap;
-use std::io::Cursor;
+use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -40,6 +42,8 @@ pub(crate) const ALL: [(&str, Target); 6] = [
 const FIXED_BYTES: usize = 64 << 10;
 /// The reader's buffer for what lies in records.
 const PIECE_BYTES: usize = 256 << 10;
+/// What reading a file's directory and pickle, and telling what they hold, may take beside the file, whatever they are.
+const VALUES_BYTES: usize = 256 << 20;
 /// Tensors beyond this many bytes are not read: a target is to be fast.
 const READ_BYTES: usize = 64 << 10;
 
@@ -62,7 +66,7 @@ pub(crate) fn pickle(data: &[u8]) {
 fn pt_file(file: &[u8], bytes: usize) -> Result<()> {
     let (opened, used) = measure(|| PtFile::new(Cursor::new(file)));
     // Limits of the reader that hold whatever the file says: of its values' number and paths. See `pt::value`.
-    assert!(used.peak <= 256 << 20, "{bytes} bytes made the reader hold {} bytes", used.peak);
+    assert!(used.peak <= VALUES_BYTES, "{bytes} bytes made the reader hold {} bytes", used.peak);
     let mut pt = match opened {
         Ok(pt) => pt,
         Err(e) => return Err(explained(e)),
@@ -76,6 +80,7 @@ fn pt_file(file: &[u8], bytes: usize) -> Result<()> {
     let unpacked = if deflated(file) { file.len().saturating_mul(1032) } else { file.len() };
     let allowed = (unpacked + leaves).saturating_mul(256).saturating_add(PIECE_BYTES + FIXED_BYTES);
     assert!(used.largest <= allowed, "{bytes} bytes, {leaves} values, and one allocation of {}", used.largest);
+    told(&pt, file);
 
     let tensors = pt.tensors().to_vec();
     let (mut read, mut left) = (HashMap::new(), READ_BYTES);
@@ -121,6 +126,57 @@ fn pt_file(file: &[u8], bytes: usize) -> Result<()> {
     assert_eq!(plain, same, "what was written is not what is read");
     assert!(same.write() == written, "the second writing differs from the first");
     Ok(())
+}
+
+/// What `info` and `convert` do with the values of a file that is accepted.
+fn told(pt: &PtFile<Cursor<&[u8]>>, file: &[u8]) {
+    let path = on_disk(file, "pt");
+    for style in [Style::Text, Style::Json] {
+        tell(&path, style, false).0.expect("what was opened can be told");
+    }
+    // With checksums it is all or nothing.
+    let all: usize = pt.tensors().iter().fold(0, |n, t| n.saturating_add(t.tensor.elements.saturating_mul(8)));
+    if all <= READ_BYTES
+        && let (Err(e), 1.., _) = tell(&path, Style::Json, true)
+    {
+        panic!("told in part, and then refused: {e}");
+    }
+    let (_, used) = measure(|| {
+        pt.plain_values(|path, _| write!(Told(0), "{}, ", printable(&pt::dotted(path))).map_err(|e| Error::io("", e)))
+    });
+    assert!(used.peak <= VALUES_BYTES, "{} bytes made `convert` hold {}", file.len(), used.peak);
+}
+
+/// Has `info` tell what the file holds: its answer, the bytes that it wrote, and those that it held at most.
+pub(crate) fn tell(path: &Path, style: Style, checksums: bool) -> (Result<()>, usize, usize) {
+    let mut out = Told(0);
+    let (answer, used) = measure(|| info(path, style, checksums, &mut out));
+    assert!(used.peak <= VALUES_BYTES, "`info` held {} bytes for {answer:?}", used.peak);
+    (answer.map_err(explained), out.0, used.peak)
+}
+
+/// Counts the bytes that it is given, which must be text that does nothing to a terminal.
+struct Told(usize);
+
+impl Write for Told {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let text = std::str::from_utf8(bytes).expect("whole characters are written");
+        assert!(!text.chars().any(|c| acts_on_a_terminal(c) && c != '\n' && c != '\t'), "{text:?} is written");
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file of this thread's own with these bytes, for what takes a path.
+pub(crate) fn on_disk(bytes: &[u8], ending: &str) -> PathBuf {
+    let name = format!("crosscoder-fuzz-{}-{:?}.{ending}", std::process::id(), std::thread::current().id());
+    let path = std::env::temp_dir().join(name);
+    std::fs::write(&path, bytes).expect("the folder for temporary files can be written to");
+    path
 }
 
 /// An array file.
@@ -245,20 +301,11 @@ fn written_as_read(cfg: &Config) {
 
 /// A checkpoint in whatever layout: a cfg, a NUL, and the weights, in any of the formats.
 pub(crate) fn checkpoint(data: &[u8]) {
-    thread_local! {
-        /// A file of this thread's own: the reader takes a path.
-        static PATH: PathBuf = std::env::temp_dir().join(format!(
-            "crosscoder-fuzz-{}-{:?}",
-            std::process::id(),
-            std::thread::current().id()
-        ));
-    }
     let Some(at) = data.iter().position(|&b| b == 0) else { return };
     let Ok(cfg) = Config::from_json(&data[..at]) else { return };
-    let path = PATH.with(PathBuf::clone);
     let mut weights = data[at + 1..].to_vec();
     without_checksums(&mut weights);
-    std::fs::write(&path, &weights).expect("the folder for temporary files can be written to");
+    let path = on_disk(&weights, "checkpoint");
     let Ok(mut file) = TensorFile::open(&path) else { return };
     let size = |t: &TensorInfo| element_count(&t.shape).map_or(usize::MAX, |n| n.saturating_mul(t.dtype.size_bytes()));
     let bytes = file.tensors().iter().fold(0usize, |n, t| n.saturating_add(size(t)));
@@ -298,7 +345,7 @@ pub(crate) fn checkpoint(data: &[u8]) {
 
 #[track_caller]
 fn explained(e: Error) -> Error {
-    assert!(e.to_string().len() > 8, "{e:?}");
+    assert!((8..4 << 20).contains(&e.to_string().len()), "{e:?}");
     e
 }
 
@@ -509,7 +556,7 @@ fn without_checksums(file: &mut [u8]) -> bool {
 }
 
 /// A good archive around a pickle: ten storages of 512 bytes and one of none, then the pickle.
-fn archive_of(pickle: &[u8]) -> Vec<u8> {
+pub(crate) fn archive_of(pickle: &[u8]) -> Vec<u8> {
     const STORAGE_BYTES: usize = 512;
     /// The records before the pickle's, and the directory's entries for them.
     static BEFORE: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
