@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::magic;
 use crate::pt::{TensorSource, is_row_major};
 use crate::raw::{Block, length, read_at};
-use crate::tensor::{Tensor, element_count, row_major_strides};
+use crate::tensor::{MAX_DIMS, Tensor, element_count, row_major_strides};
 use std::io::{Read, Seek, Write};
 use std::ops::Range;
 
@@ -319,9 +319,8 @@ impl<'a> Literal<'a> {
             }
         }
         match shape.len() {
-            // numpy's own limit.
-            0..=64 => Ok(shape),
-            n => Err(Error::unsupported(format!("{n} dimensions; the limit is 64"))),
+            0..=MAX_DIMS => Ok(shape),
+            n => Err(Error::unsupported(format!("{n} dimensions; the limit is {MAX_DIMS}"))),
         }
     }
 }
@@ -329,8 +328,11 @@ impl<'a> Literal<'a> {
 /// Writes an array as `numpy.save` does: version 1.0, C order, the data at a multiple of 64.
 ///
 /// # Errors
-/// A shape whose header would be too long; the source's errors; the output's.
+/// More than 64 dimensions; the source's errors; the output's.
 pub fn write<W: Write>(mut out: W, tensor: &dyn TensorSource) -> Result<W> {
+    if tensor.shape().len() > MAX_DIMS {
+        return Err(Error::usage(format!("{} dimensions; the limit is {MAX_DIMS}", tensor.shape().len())));
+    }
     let dtype = tensor.dtype();
     let descr = DESCRIPTIONS.iter().find(|d| d.1 == dtype).map_or("", |d| d.0);
     let sizes: Vec<String> = tensor.shape().iter().map(usize::to_string).collect();

@@ -264,6 +264,9 @@ impl Values {
     }
 }
 
+/// NumPy and PyTorch have no more dimensions.
+pub(crate) const MAX_DIMS: usize = 64;
+
 /// The elements of a piece. No size is 0.
 fn piece_elements(dtype: Dtype) -> usize {
     PIECE_BYTES.checked_div(dtype.size_bytes()).unwrap_or(PIECE_BYTES)

@@ -623,6 +623,20 @@ fn long_dicts_and_lists_come_in_batches() {
     }
 }
 
+#[test]
+fn what_could_not_be_read_back_is_not_written() {
+    let deep = |n: usize| Tensor::new(vec![1; n], Values::F32(vec![1.0])).unwrap();
+    let pt = |tensors: &[(&str, &dyn TensorSource)]| pt::write_state_dict(Vec::new(), "a", tensors);
+    for (dimensions, taken) in [(64, true), (65, false)] {
+        let tensor = deep(dimensions);
+        assert_eq!(npy::write(Vec::new(), &tensor).is_ok(), taken);
+        assert_eq!(pt(&[("a", &tensor)]).is_ok(), taken);
+    }
+    let tensor = deep(1);
+    let error = pt(&[("a", &tensor), ("a", &tensor)]).unwrap_err().to_string();
+    assert!(error.contains("two tensors have the name \"a\""), "{error}");
+}
+
 fn npy_file(header: &str, data: &[u8]) -> Vec<u8> {
     [b"\x93NUMPY\x01\x00", &(header.len() as u16).to_le_bytes()[..], header.as_bytes(), data].concat()
 }

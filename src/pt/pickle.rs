@@ -12,7 +12,7 @@ use super::value::{ALLOCATION_BYTES, Id, Node, Nodes, short};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::raw::Bytes;
-use crate::tensor::element_count;
+use crate::tensor::{MAX_DIMS, element_count};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -25,8 +25,6 @@ const MAX_HELD_BYTES: usize = 48 << 20;
 const MAX_KEYS: usize = 1 << 20;
 /// A device's name, such as `cuda:0`, may have this many bytes.
 const MAX_DEVICE_BYTES: usize = 64;
-/// PyTorch's own limit on the dimensions of a tensor.
-const MAX_DIMS: usize = 64;
 /// A view whose elements take more than this, and more than `EXPANSION` times its storage, is refused.
 const EXPANDED_BYTES: u64 = 64 << 20;
 const EXPANSION: u64 = 16;

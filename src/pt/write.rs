@@ -8,9 +8,9 @@
 use super::value::PathPart;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::tensor::{Tensor, element_count, is_dense};
+use crate::tensor::{MAX_DIMS, Tensor, element_count, is_dense};
 use crc32fast::Hasher as Crc32;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 
 /// Where the elements of a tensor to be saved come from.
@@ -119,8 +119,12 @@ const WIDE: u64 = 0xffff_ffff;
 /// [`Writer::folder_for`].
 ///
 /// # Errors
-/// Those of [`Writer::save`].
+/// Two tensors of one name; those of [`Writer::save`].
 pub fn write_state_dict<W: Write>(out: W, folder: &str, tensors: &[(&str, &dyn TensorSource)]) -> Result<W> {
+    let mut names = HashSet::new();
+    if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(*name)) {
+        return Err(Error::usage(format!("two tensors have the name {name:?}")));
+    }
     let entries = tensors.iter().map(|&(name, tensor)| (PathPart::from(name), Save::Tensor(tensor))).collect();
     Writer::new(out, folder)?.save(&Save::StateDict(entries))
 }
@@ -338,6 +342,9 @@ fn zip64_block(numbers: &[u64]) -> Vec<u8> {
 /// The length of a tensor's storage.
 fn tensor_bytes(tensor: &dyn TensorSource) -> Result<u64> {
     let (shape, strides) = (tensor.shape(), tensor.strides());
+    if shape.len() > MAX_DIMS {
+        return Err(Error::usage(format!("{} dimensions; the limit is {MAX_DIMS}", shape.len())));
+    }
     if !is_dense(shape, strides) {
         return Err(Error::usage(format!("strides {strides:?} do not lay the shape {shape:?} out densely")));
     }
