@@ -37,7 +37,8 @@ fn zeros_skipped_or_not_a_nan_spreads_as_in_the_original() {
 #[test]
 fn results_do_not_depend_on_the_threads() {
     let mut rng = Rng(11);
-    let [batch, h, k] = [70, 300, 90];
+    // So many that every operation, from 65,536 elements on, is given to more than one.
+    let [batch, h, k] = [260, 700, 300];
     let (x, w, b) = (rng.vec(batch * k), rng.vec(h * k), rng.vec(h));
     let mut seen: Option<[Vec<f64>; 4]> = None;
     for threads in [1, 2, 3, 7] {

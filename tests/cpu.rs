@@ -8,7 +8,8 @@ use ndarray::Array3;
 
 const D_IN: usize = 151;
 const HIDDEN: usize = 331;
-const BATCH: usize = 97;
+/// So many that the operations, from 65,536 elements on, are given to more than one thread.
+const BATCH: usize = 257;
 
 fn numbers(n: usize, mut state: u64) -> Vec<f64> {
     let mut next = || {

@@ -41,7 +41,9 @@ fn variants(dtype: Dtype) -> Vec<(String, Cuda)> {
 /// Of these, in float32, two that have each way once.
 fn two_variants(dtype: Dtype) -> Vec<(String, Cuda)> {
     let crossed = |name: &str| name.ends_with("Sparse Ffma") || name.contains("Dense Split") || name.contains("Auto");
-    variants(dtype).into_iter().filter(|(name, _)| crossed(name)).collect()
+    let found: Vec<_> = variants(dtype).into_iter().filter(|(name, _)| crossed(name)).collect();
+    assert!(found.len() >= 2, "each way once");
+    found
 }
 
 #[test]

@@ -96,7 +96,7 @@ fn killed_twenty_times_it_ends_as_if_it_never_was() {
 
     let mut args = small_run(&dir, &killed);
     args.push("--resume".to_owned());
-    let (mut kills, mut starts, mut numbers) = (0, 0, Numbers(7));
+    let (mut kills, mut loads, mut starts, mut numbers) = (0, 0, 0, Numbers(7));
     loop {
         starts += 1;
         assert!(starts < 500, "it never gets further");
@@ -112,6 +112,7 @@ fn killed_twenty_times_it_ends_as_if_it_never_was() {
                 let version = killed.join("version_0");
                 if version.join("0.pt").exists() {
                     CrossCoder::load(&version).unwrap();
+                    loads += 1;
                 }
                 continue;
             }
@@ -124,6 +125,7 @@ fn killed_twenty_times_it_ends_as_if_it_never_was() {
         // It finished before it was killed often enough: once more from the start.
         std::fs::remove_dir_all(&killed).unwrap();
     }
+    assert!(loads > 0, "no kill left a checkpoint; the test proves less");
     assert_same_files(&whole.join("version_0"), &killed.join("version_0"));
     assert!(!killed.join("version_1").exists());
     std::fs::remove_dir_all(&dir).unwrap();
