@@ -116,7 +116,7 @@ def read_with_torch(path):
         state = torch.load(path, weights_only=True)
     found = []
     for name, t in state.items():
-        raw = t.contiguous().reshape(-1).view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
+        raw = torch.cat([t.reshape(-1)]).view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
         found.append([name, str(t.dtype)[6:], list(t.shape), f"{zlib.crc32(bytes(raw.tolist())):08x}"])
     return sorted(found)
 

@@ -167,7 +167,7 @@ def read_with_torch(data):
         if isinstance(x, torch.Tensor):
             if x.numel() > 1 << 20 or x.is_sparse or x.device.type != "cpu" or x.is_conj() or x.is_neg():
                 return None
-            raw = x.detach().contiguous().reshape(-1).view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
+            raw = torch.cat([x.detach().reshape(-1)]).view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
             found.append((str(x.dtype)[6:], list(x.shape), f"{zlib.crc32(bytes(raw.tolist())):08x}"))
         elif isinstance(x, dict):
             pending += x.values()
