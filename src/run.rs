@@ -39,7 +39,7 @@ use crate::normalisation::{estimate, factors, set_factors};
 use crate::pt::TensorSource;
 use crate::threads::beside;
 use crate::trainer::{LogRow, Schedule, Trainer, betas};
-use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -539,26 +539,30 @@ impl Lock {
         let path = out.join(".lock");
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(|e| Error::io("cannot open for writing", e).in_file(&path))?;
-        let locked = match file.try_lock() {
-            Ok(()) => true,
+        Self::of(path, file)
+    }
+
+    fn of(path: PathBuf, file: File) -> Result<Self> {
+        match file.try_lock() {
+            Ok(()) => Ok(Lock { path, file, locked: true }),
             Err(TryLockError::WouldBlock) => {
                 let what = "another run is training into this directory; wait for it, stop it, or choose another";
-                return Err(Error::new(ErrorKind::Locked, what).in_file(out));
+                Err(Error::new(ErrorKind::Locked, what).in_file(path.parent().unwrap_or(&path)))
             }
-            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => false,
-            Err(TryLockError::Error(e)) => return Err(Error::io("cannot lock", e).in_file(&path)),
-        };
-        Ok(Lock { path, file, locked })
+            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {
+                Ok(Lock { path, file, locked: false })
+            }
+            Err(TryLockError::Error(e)) => Err(Error::io("cannot lock", e).in_file(&path)),
+        }
     }
 
     /// That the directory's lock is still the one that was taken. A directory that was moved or emptied is nobody's or another
     /// run's: where the file is gone nobody has come since, and it is made and locked again.
     fn check(&mut self) -> Result<()> {
         if !self.path.exists() {
-            let new =
-                File::create_new(&self.path).map_err(|e| Error::io("cannot make it again", e).in_file(&self.path))?;
-            self.locked = new.try_lock().is_ok();
-            self.file = new;
+            let new = File::create_new(&self.path);
+            let new = new.map_err(|e| Error::io("cannot make it again", e).in_file(&self.path))?;
+            *self = Self::of(self.path.clone(), new)?;
         }
         match is_same(&self.file, &self.path) {
             true => Ok(()),
@@ -574,7 +578,7 @@ impl Lock {
 #[cfg(unix)]
 fn is_same(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
-    let id = |metadata: std::io::Result<Metadata>| metadata.ok().map(|m| (m.dev(), m.ino()));
+    let id = |metadata: std::io::Result<std::fs::Metadata>| metadata.ok().map(|m| (m.dev(), m.ino()));
     id(file.metadata()) == id(path.metadata())
 }
 
