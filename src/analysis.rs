@@ -134,7 +134,8 @@ impl Thresholds {
     }
 }
 
-/// Lengths and directions of the decoder vectors `W_dec[h,m,:]`.
+/// Lengths and directions of the decoder vectors `W_dec[h,m,:]`. Methods that take a latent `h` or a model `m` panic, as indexing
+/// does, where there is no such one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderNorms {
     n_models: usize,
@@ -306,6 +307,9 @@ pub struct ActivationStats {
 
 impl ActivationStats {
     /// The share of rows on which the latent fires.
+    ///
+    /// # Panics
+    /// If there is no latent `h`.
     pub fn density(&self, h: usize) -> f64 {
         self.latents[h].fired as f64 / self.rows as f64
     }
@@ -317,6 +321,9 @@ impl ActivationStats {
 
     /// Latent Scaling of a latent; none if it never fires or has no decoder vector. `norms` are those of the same
     /// weights.
+    ///
+    /// # Panics
+    /// If `norms` or the statistics have no latent `h`.
     pub fn scaling(&self, norms: &DecoderNorms, h: usize) -> Option<LatentScaling> {
         let n = self.n_models;
         let direction = norms.strongest(h);
@@ -339,6 +346,9 @@ impl ActivationStats {
 ///
 /// # Errors
 /// No rows, rows of another shape than the crosscoder's, those of reading.
+///
+/// # Panics
+/// As [`ActivationPass::new`].
 pub fn activation_stats<B: Backend>(
     crosscoder: &CrossCoder<B>,
     norms: &DecoderNorms,
@@ -378,6 +388,9 @@ pub struct ActivationPass<'a, B: Backend> {
 
 impl<'a, B: Backend> ActivationPass<'a, B> {
     /// A pass that keeps for each latent the `top_rows` rows on which it is strongest. `norms` are the crosscoder's.
+    ///
+    /// # Panics
+    /// If `norms` have another number of latents or models.
     pub fn new(crosscoder: &'a CrossCoder<B>, norms: &'a DecoderNorms, top_rows: usize) -> Self {
         let (n_models, d_hidden) = (crosscoder.n_models(), crosscoder.d_hidden());
         let width = n_models * crosscoder.d_in();

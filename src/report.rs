@@ -43,8 +43,13 @@ impl Report {
     ///
     /// Models are called by the list of strings in the cfg's `model_names`, if it has one of the right length;
     /// otherwise A and B, or by their numbers.
+    ///
+    /// # Panics
+    /// If `norms` have another number of latents or models.
     pub fn new<B: Backend>(crosscoder: &CrossCoder<B>, norms: DecoderNorms) -> Self {
         let n = crosscoder.n_models();
+        let of = (norms.n_models(), norms.d_hidden());
+        assert_eq!(of, (n, crosscoder.d_hidden()), "the norms are of another crosscoder");
         let cfg = crosscoder.cfg().clone();
         let from_cfg = cfg.get("model_names").and_then(Value::as_array).map(|names| {
             names.iter().filter_map(Value::as_str).filter(|name| !name.is_empty()).map(str::to_owned).collect()
@@ -89,7 +94,12 @@ impl Report {
     }
 
     /// Adds what activations tell, and where they come from.
+    ///
+    /// # Panics
+    /// If `stats` have another number of latents or models.
     pub fn with_activations(self, stats: ActivationStats, source: impl Into<String>) -> Self {
+        let of = (stats.explained_variance_per_model.len(), stats.latents.len());
+        assert_eq!(of, (self.norms.n_models(), self.norms.d_hidden()), "the statistics are of another crosscoder");
         Report { activations: Some(stats), activations_source: source.into(), ..self }
     }
 
