@@ -162,6 +162,12 @@ impl DecoderNorms {
         Ok(out)
     }
 
+    /// Panics unless these have the crosscoder's number of models and latents.
+    pub(crate) fn assert_of<B: Backend>(&self, crosscoder: &CrossCoder<B>) {
+        let of = (crosscoder.n_models(), crosscoder.d_hidden());
+        assert_eq!((self.n_models, self.d_hidden()), of, "the norms are of another crosscoder");
+    }
+
     /// The number of models.
     pub fn n_models(&self) -> usize {
         self.n_models
@@ -394,7 +400,7 @@ impl<'a, B: Backend> ActivationPass<'a, B> {
     pub fn new(crosscoder: &'a CrossCoder<B>, norms: &'a DecoderNorms, top_rows: usize) -> Self {
         let (n_models, d_hidden) = (crosscoder.n_models(), crosscoder.d_hidden());
         let width = n_models * crosscoder.d_in();
-        assert_eq!((norms.n_models, norms.d_hidden()), (n_models, d_hidden), "the norms are of another crosscoder");
+        norms.assert_of(crosscoder);
         let stats = ActivationStats {
             rows: 0,
             batches: 0,

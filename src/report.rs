@@ -47,9 +47,8 @@ impl Report {
     /// # Panics
     /// If `norms` have another number of latents or models.
     pub fn new<B: Backend>(crosscoder: &CrossCoder<B>, norms: DecoderNorms) -> Self {
+        norms.assert_of(crosscoder);
         let n = crosscoder.n_models();
-        let of = (norms.n_models(), norms.d_hidden());
-        assert_eq!(of, (n, crosscoder.d_hidden()), "the norms are of another crosscoder");
         let cfg = crosscoder.cfg().clone();
         let from_cfg = cfg.get("model_names").and_then(Value::as_array).map(|names| {
             names.iter().filter_map(Value::as_str).filter(|name| !name.is_empty()).map(str::to_owned).collect()
@@ -394,6 +393,18 @@ mod tests {
             }
             assert_eq!(html, report(n_models).to_html(), "the same bytes every time");
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "the norms are of another crosscoder")]
+    fn norms_of_another_crosscoder_are_refused() {
+        Report::new(&crosscoder(2), DecoderNorms::of(&crosscoder(3)).unwrap());
+    }
+
+    #[test]
+    #[should_panic(expected = "the statistics are of another crosscoder")]
+    fn statistics_of_another_crosscoder_are_refused() {
+        report(2).with_activations(report(3).activations.unwrap(), "");
     }
 
     #[test]
