@@ -223,6 +223,40 @@ fn row_major(tensor: &Tensor) -> Vec<u8> {
     bytes
 }
 
+/// Every other read is interrupted by a signal; the others bring 1,000 bytes at most.
+struct Interrupted(Cursor<Vec<u8>>, bool);
+
+impl std::io::Read for Interrupted {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.1 = !self.1;
+        let n = buffer.len().min(1000);
+        if self.1 { Err(std::io::ErrorKind::Interrupted.into()) } else { self.0.read(&mut buffer[..n]) }
+    }
+}
+
+impl std::io::Seek for Interrupted {
+    fn seek(&mut self, to: std::io::SeekFrom) -> std::io::Result<u64> {
+        self.0.seek(to)
+    }
+}
+
+#[test]
+fn signals_and_short_reads_change_nothing() {
+    let interrupted = |bytes: Vec<u8>| Interrupted(Cursor::new(bytes), false);
+    for shape in [&[7][..], &[70_001], &[3, 700_001]] {
+        let tensor = patterned(Dtype::F32, shape);
+        let mut file = PtFile::new(interrupted(save_state_dict("x", &[("t", tensor.clone())]))).unwrap();
+        let found = file.find(&["t".into()]).unwrap();
+        assert_eq!(file.read(&found).unwrap(), tensor);
+        assert_eq!(file.crc32(&found).unwrap(), crc32(&row_major(&tensor)));
+        let saved = safetensors::write(Vec::new(), &[("t", &tensor)], &[]).unwrap();
+        let mut file = SafetensorsFile::new(interrupted(saved)).unwrap();
+        assert_eq!(file.read(0).unwrap(), tensor);
+        let mut file = NpyFile::new(interrupted(npy::write(Vec::new(), &tensor).unwrap())).unwrap();
+        assert_eq!(file.read().unwrap(), tensor);
+    }
+}
+
 #[test]
 fn every_dtype_goes_round_in_every_format() {
     for dtype in Dtype::ALL {

@@ -298,6 +298,13 @@ fn walks_have_a_limit() {
     refused("copies", &pt_of(&sets), &["hold more"]);
     let keys = cat(&[b"}", &s(&"x".repeat(1 << 20)), b"}", &s("y"), b"Nss"]);
     refused("a long path", &pt_of(&keys), &["the keys on the way to a value have 1048577 bytes; the limit is 1048576"]);
+    // The digits of an integer take time by the square of its length.
+    let integers = |times: usize| {
+        let integer = cat(&[b"\x8b\x00\x10\0\0", &[1; 4096]]);
+        pt_of(&cat(&[&integer, b"q\x000](", &b"h\x00".repeat(times), &w(), b"e"]))
+    };
+    accepted("three long integers", &integers(3));
+    refused("five long integers", &integers(5), &["take more"]);
     accepted("a hundred thousand numbers", &pt_of(&cat(&[b"](", &w(), &b"K\x01".repeat(100_000), b"e"])));
 }
 
@@ -312,6 +319,8 @@ fn calls_pay_for_what_they_copy() {
     let (list, tuple) = (cat(&[b"](", &numbers, b"e"]), cat(&[b"(", &numbers, b"t"]));
     let pairs = cat(&[b"K\x01N\x86q\x01](", &b"h\x01".repeat(COUNT), b"e"]);
     let text = cat(&[&s("latin1"), b"q\x010", &s(&"x".repeat(COUNT))]);
+    // Sizes and strides of 64 dimensions, and what a tensor takes beside these.
+    let view = cat(&[b"(", &storage("FloatStorage", "0", 4), &int(0), &ints(&[1; 64]), &ints(&[1; 64]), b"t"]);
     for (global, argument, arguments, each) in [
         ("torch.Size", &tuple, &b"h\0\x85"[..], 4 * COUNT),
         ("torch.Size", &list, b"h\0\x85", 4 * COUNT),
@@ -319,6 +328,7 @@ fn calls_pay_for_what_they_copy() {
         ("collections.OrderedDict", &cat(&[b"}(", &entries, b"u"]), b"h\0\x85", 8 * COUNT),
         ("collections.OrderedDict", &pairs, b"h\0\x85", 8 * COUNT),
         ("_codecs.encode", &text, b"h\0h\x01\x86", COUNT),
+        ("torch._utils._rebuild_tensor", &view, b"h\0", 1180),
     ] {
         let file = |times: usize| {
             let calls = cat(&[&call(global, arguments), b"0"]).repeat(times);
@@ -542,9 +552,10 @@ fn calls_take_their_arguments() {
     bad("flags", &v2(&[&good.concat(), &flags("neg", b"K\x01")]), &["flags"]);
     bad("flags", &v2(&[&good.concat(), &flags("other", b"\x88")]), &["flags"]);
     bad("flags", &v2(&[&good.concat(), b"K\x01"]), &["flags"]);
-    bad("one too many", &v2(&[&good.concat(), b"}}"]), &["needs ("]);
+    let needed = "needs (storage, offset, size, stride, requires_grad, hooks[, flags])";
+    bad("one too many", &v2(&[&good.concat(), b"}}"]), &[needed]);
     for n in 0..6 {
-        bad("too few", &v2(&good[..n]), &["needs ("]);
+        bad("too few", &v2(&good[..n]), &[needed]);
         for kind in [&b"N"[..], b"X\0\0\0\0", b"]", b"K\x01", b"}", b"\x8f"] {
             let mut parts = good;
             parts[n] = kind;
@@ -576,8 +587,8 @@ fn calls_take_their_arguments() {
 
     let v1 = |parts: &[&[u8]]| call("torch._utils._rebuild_tensor", &args(parts));
     accepted("v1", &pt(&dict(&v1(&good[..4]))));
-    bad("v1", &v1(&good[..3]), &["needs ("]);
-    bad("v1", &v1(&good[..5]), &["needs ("]);
+    bad("v1", &v1(&good[..3]), &["needs (storage, offset, size, stride)"]);
+    bad("v1", &v1(&good[..5]), &["needs (storage, offset, size, stride)"]);
 
     let untyped =
         |n: i64| cat(&[b"(", &s("storage"), b"ctorch.storage\nUntypedStorage\n", &s("0"), &s("cpu"), &int(n), b"tQ"]);
@@ -594,7 +605,8 @@ fn calls_take_their_arguments() {
     for dtype in ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex64", "qint8", "bits8"] {
         bad(dtype, &v3(dtype, 16), &[dtype]);
     }
-    bad("v3 without dtype", &call("torch._utils._rebuild_tensor_v3", &args(&good)), &["needs ("]);
+    let needed = "needs (storage, offset, size, stride, requires_grad, hooks, dtype[, flags])";
+    bad("v3 without dtype", &call("torch._utils._rebuild_tensor_v3", &args(&good)), &[needed]);
     bad(
         "v3 with a name",
         &call("torch._utils._rebuild_tensor_v3", &args(&[&good.concat(), &s("float32")])),
@@ -671,12 +683,16 @@ fn calls_take_their_arguments() {
         ("builtins.bytearray", b"K\x01\x85"),
         ("builtins.bytearray", b"J\xff\xff\xff\x7f\x85"),
         ("builtins.bytearray", b"X\x03\0\0\0\xe2\x82\xacX\x07\0\0\0latin-1\x86"),
+        ("builtins.bytearray", b"X\x03\0\0\0cpuX\x03\0\0\0hex\x86"),
         ("builtins.complex", b")"),
         ("builtins.complex", b"X\x01\0\0\x001\x85"),
         ("builtins.complex", b"NN\x86"),
     ] {
         bad(global, &call(global, arguments), &["needs "]);
     }
+    let device = |name: &str| call("torch.device", &cat(&[&s(name), b"\x85"]));
+    value(&device(&"x".repeat(64)), |v| assert!(format!("{v:?}").contains("xxx")));
+    bad("device", &device(&"x".repeat(65)), &["a device's name of 65 bytes; the limit is 64"]);
     bad("set of lists", &call("builtins.set", b"]]a\x85"), &["cannot be a key"]);
     for class in ["OrderedDict", "Counter"] {
         bad(class, &cat(&[format!("ccollections\n{class}\n").as_bytes(), b"}\x85\x81"]), &["NEWOBJ"]);
@@ -852,6 +868,9 @@ fn keys_of_every_kind_are_spelled() {
 fn what_a_refused_name_stands_for_is_said() {
     bad("sparse", b"ctorch._utils\n_rebuild_sparse_tensor\n", &["(a sparse tensor)"]);
     bad("meta", b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n", &["(a meta tensor, without data)"]);
+    bad("quantized", b"ctorch._utils\n_rebuild_qtensor\n", &["(a quantized tensor)"]);
+    bad("TorchScript", b"c__torch__.nets\nNet\n", &["(a TorchScript class)"]);
+    bad("another", b"cnets\nNet\n", &["global 'nets.Net' is not allowed"]);
 }
 
 #[test]
