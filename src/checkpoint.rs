@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 const SAVE_ELEMENTS: usize = 1 << 16;
 
 /// A cfg longer than this is refused; the original's has 600 bytes.
-const CFG_BYTES: u64 = 64 << 20;
+const CFG_BYTES: u64 = 1 << 20;
 
 /// The files of one checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,7 +177,7 @@ pub fn find(path: &Path) -> Result<Files> {
 /// Reads a cfg.
 ///
 /// # Errors
-/// A file that cannot be read, is not regular, has more than 64 MiB, or is no JSON object.
+/// A file that cannot be read, is not regular, has more than 1 MiB, or is no JSON object.
 pub fn read_cfg(path: &Path) -> Result<Config> {
     Config::from_json(&read_beside(path, CFG_BYTES)?).map_err(|e| e.in_file(path))
 }

@@ -131,6 +131,15 @@ impl Run {
         if is_empty(&dir)? {
             return Ok(None);
         }
+        let cannot = |e| Error::io("cannot list the folder", e).in_file(&dir);
+        for entry in std::fs::read_dir(&dir).map_err(cannot)? {
+            let name = entry.map_err(cannot)?.file_name();
+            let ours =
+                name == RESUME || name == METRICS || name.as_encoded_bytes().first().is_some_and(u8::is_ascii_digit);
+            if ours {
+                refuse_irregular(&dir.join(name))?;
+            }
+        }
         let path = dir.join(RESUME);
         if !path.exists() {
             return Err(Error::usage(format!("holds no {RESUME}: nothing says how to go on")).in_file(&dir));
@@ -511,6 +520,20 @@ fn dynamic<'a, B: Backend>(sources: &'a [Source<'_, B>; 4]) -> [&'a dyn TensorSo
     sources.each_ref().map(|source| source as &dyn TensorSource)
 }
 
+/// A run writes files of its own: not what a link in its directory leads to, nor where opening waits for another process.
+fn refuse_irregular(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Ok(there) if !there.is_file() => {
+            let what = match there.is_symlink() {
+                true => "a link",
+                false => "no regular file",
+            };
+            Err(Error::usage(format!("is {what}; a run writes here, into files of its own")).in_file(path))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The newest version directory, freed from what a crash has left there.
 fn newest(out: &Path) -> Result<Option<PathBuf>> {
     let versions = checkpoint::versions(out)?.into_iter().rev();
@@ -537,6 +560,7 @@ impl Lock {
     fn take(out: &Path) -> Result<Self> {
         atomic::create_folders(out)?;
         let path = out.join(".lock");
+        refuse_irregular(&path)?;
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(|e| Error::io("cannot open for writing", e).in_file(&path))?;
         Self::of(path, file)

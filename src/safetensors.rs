@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::magic;
 use crate::pt::TensorSource;
 use crate::raw::{Block, length, read_at};
-use crate::tensor::{Tensor, element_count};
+use crate::tensor::{MAX_DIMS, Tensor, element_count};
 use std::collections::HashSet;
 use std::io::{Read, Seek, Write};
 use std::ops::Range;
@@ -191,6 +191,9 @@ fn parse_header(text: &str, data_at: u64, length: u64) -> Result<Header> {
             let known = DTYPES.iter().find(|d| d.0 == dtype).map(|d| d.1);
             let dtype =
                 known.ok_or_else(|| Error::unsupported(format!("dtype {dtype:?}, which this crate does not carry")))?;
+            if shape.len() > MAX_DIMS {
+                return Err(Error::unsupported(format!("{} dimensions; the limit is {MAX_DIMS}", shape.len())));
+            }
             let overflow = || Error::format(format!("shape {shape:?} overflows"));
             let sizes: Vec<usize> =
                 shape.iter().map(|&n| usize::try_from(n)).collect::<Result<_, _>>().map_err(|_| overflow())?;
@@ -385,6 +388,10 @@ pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metada
         let dtype = DTYPES.iter().find(|d| d.1 == tensor.dtype()).map_or("", |d| d.0);
         let end = bytes_of(tensor).and_then(|n| n.checked_add(at));
         let end = end.ok_or_else(|| Error::usage(format!("{name}: shape {:?} overflows", tensor.shape())))?;
+        if tensor.shape().len() > MAX_DIMS {
+            let dimensions = tensor.shape().len();
+            return Err(Error::usage(format!("{name}: {dimensions} dimensions; the limit is {MAX_DIMS}")));
+        }
         let sizes: Vec<String> = tensor.shape().iter().map(usize::to_string).collect();
         let what = format!("{{\"dtype\":\"{dtype}\",\"shape\":[{}],\"data_offsets\":[{at},{end}]}}", sizes.join(","));
         add(name, &what)?;

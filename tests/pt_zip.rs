@@ -531,6 +531,19 @@ fn the_ratio_of_large_deflated_records_has_a_limit() {
     accepted("16 MiB at any ratio", &claim(2, 16 << 20));
     accepted("just 200 times", &claim(past.div_ceil(200), past));
     refused("more than 200 times", &claim(past.div_ceil(200) - 1, past), &["ratio"]);
+    // No single one is large; all of them are.
+    let claims = |packed: u32| {
+        let mut all = good();
+        for name in ["a/extra", "a/more"] {
+            let mut extra = record(name, b"").both(|h| h.size = 10 << 20);
+            extra.repack(vec![0; packed as usize]);
+            all.push(extra);
+        }
+        zip(&all, |_| {})
+    };
+    let least = (10u32 << 20).div_ceil(200);
+    accepted("together just 200 times", &claims(least));
+    refused("together more than 200 times", &claims(least - 1), &["deflated from 20971520 to 104856 bytes", "ratio"]);
 }
 
 /// A deflated pickle costs its writer nothing, a stored one as many bytes as its reader.

@@ -10,6 +10,7 @@ use crosscoder::evaluation::{Batches, dead, evaluate};
 use crosscoder::init::initial_weights;
 use crosscoder::normalisation::{estimate, factors, fold, set_factors};
 use crosscoder::optim::{Adam, clip_grad_norm};
+use crosscoder::pt::write_state_dict;
 use crosscoder::rng::Mt19937;
 use crosscoder::run::{Ended, Event, Run};
 use crosscoder::trainer::{Schedule, Trainer};
@@ -319,6 +320,62 @@ fn a_run_writes_nothing_into_a_directory_that_is_not_its_own_any_more() {
     for out in [out, moved, whole] {
         std::fs::remove_dir_all(&out).unwrap();
     }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_run_that_was_handed_over_writes_through_no_link() {
+    let (acts, out) = (activations(150, 6), folder("links"));
+    let dir = train(Run::create(&out, cfg(&[])).unwrap(), &acts, 9).unwrap().checkpoint.unwrap();
+    let dir = dir.parent().unwrap();
+    let precious = out.join("precious");
+    for name in ["metrics.jsonl", "resume.pt", "0.pt", "0_cfg.json", "1.pt", "1_cfg.json", "../.lock"] {
+        let (path, aside) = (dir.join(name), out.join("aside"));
+        let kept = std::fs::rename(&path, &aside).is_ok();
+        match kept {
+            true => std::fs::copy(&aside, &precious).map(drop).unwrap(),
+            false => std::fs::write(&precious, "precious").unwrap(),
+        }
+        let before = std::fs::read(&precious).unwrap();
+        std::os::unix::fs::symlink(&precious, &path).unwrap();
+        let said = Run::resume(&out).map(|run| train(run.unwrap(), &acts, u64::MAX)).err().unwrap().to_string();
+        assert!(
+            said.contains(name.trim_start_matches("../")) && said.contains("is a link; a run writes here"),
+            "{said}"
+        );
+        assert_eq!(std::fs::read(&precious).unwrap(), before);
+        std::fs::remove_file(&path).unwrap();
+        if kept {
+            std::fs::rename(&aside, &path).unwrap();
+        }
+    }
+    std::fs::create_dir(dir.join("1_cfg.json")).unwrap();
+    let said = Run::resume(&out).unwrap_err().to_string();
+    assert!(said.contains("1_cfg.json: is no regular file"), "{said}");
+    std::fs::remove_dir(dir.join("1_cfg.json")).unwrap();
+    // A link of the user's own is nobody's business.
+    std::os::unix::fs::symlink("0.pt", dir.join("latest.pt")).unwrap();
+    assert!(train(Run::resume(&out).unwrap().unwrap(), &acts, u64::MAX).unwrap().finished);
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn a_state_of_a_mebibyte_of_text_is_none() {
+    let out = folder("meta");
+    let dir = Run::create(&out, cfg(&[])).unwrap().dir().to_owned();
+    let state = |bytes: usize| {
+        let mut text = br#"{"format":2}"#.to_vec();
+        text.resize(bytes, b' ');
+        let meta = Tensor::new(vec![bytes], Values::U8(text)).unwrap();
+        std::fs::write(dir.join("resume.pt"), write_state_dict(Vec::new(), "resume", &[("meta", &meta)]).unwrap())
+            .unwrap();
+        Run::resume(&out).unwrap_err().to_string()
+    };
+    assert!(state(1 << 20).contains("format 2; this version reads 1"));
+    assert!(
+        state((1 << 20) + 1).contains("resume.pt: is no state of a run: meta has 1048577 bytes; the limit is 1048576")
+    );
+    std::fs::remove_dir_all(&out).unwrap();
 }
 
 #[test]

@@ -17,6 +17,10 @@ use std::path::{Path, PathBuf};
 
 use super::names::{Commit, Etag, Hasher, Target};
 use crate::error::{Error, Result};
+use crate::files::read_beside;
+
+/// A reference is 40 hexadecimal digits; others are not looked at further.
+const REFERENCE_BYTES: u64 = 1 << 10;
 
 /// Bytes read or written at once.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -71,7 +75,10 @@ impl Repository {
     pub(super) fn lookup(&self, target: &Target) -> Option<(Commit, PathBuf)> {
         let commit = match target.commit() {
             Some(commit) => commit,
-            None => Commit::parse(fs::read_to_string(self.reference(target)).ok()?.trim())?,
+            None => {
+                let bytes = read_beside(&self.reference(target), REFERENCE_BYTES).ok()?;
+                Commit::parse(str::from_utf8(&bytes).ok()?.trim())?
+            }
         };
         let path = self.entry(&commit, target, None)?;
         Some((commit, path))

@@ -19,7 +19,7 @@ use std::ops::Range;
 
 /// A deflated record that claims to be larger than this ...
 const BOMB_BYTES: u64 = 16 << 20;
-/// ... and so many times its packed size is refused. Deflate reaches 1032, weights do not reach 10.
+/// ... and so many times its packed size is refused; so are all of them together. Deflate reaches 1032, weights do not reach 10.
 const BOMB_RATIO: u64 = 200;
 /// A directory larger than this is refused: it is held in memory, and 1,000,000 records fit.
 const DIRECTORY_BYTES: u64 = 128 << 20;
@@ -105,6 +105,16 @@ impl<R: Read + Seek> Container<R> {
                     false => format!("duplicate record: to PyTorch, {name:?} and {:?} are one name", before.name),
                 }));
             }
+        }
+        let sum = |bytes: fn(&Record) -> u64| {
+            let deflated = records.iter().filter(|r| r.method == DEFLATED);
+            deflated.fold(0u64, |n, r| n.saturating_add(bytes(r)))
+        };
+        let (size, packed) = (sum(|r| r.size), sum(|r| r.packed));
+        if is_bomb(size, packed) {
+            return Err(Error::format(format!(
+                "its records are deflated from {size} to {packed} bytes, a ratio above the limit of {BOMB_RATIO} for large files"
+            )));
         }
         check_places(&mut reader, &mut records, end.directory.start)?;
         let held = records.iter().fold(0u64, |n, r| n.saturating_add(r.size));
@@ -497,7 +507,7 @@ fn read_entry(b: &mut Bytes<'_>) -> Result<Record> {
         STORED if packed != size => {
             return Err(wrong(format!("stored, and yet {packed} bytes packed are {size} unpacked")));
         }
-        DEFLATED if size > BOMB_BYTES && packed.saturating_mul(BOMB_RATIO) < size => {
+        DEFLATED if is_bomb(size, packed) => {
             return Err(wrong(format!(
                 "deflated from {size} to {packed} bytes, a ratio above the limit of {BOMB_RATIO} for large records"
             )));
@@ -509,6 +519,10 @@ fn read_entry(b: &mut Bytes<'_>) -> Result<Record> {
         }
     }
     Ok(Record { name, flags, method, crc, packed, size, header, data: Ok(0), verified: false })
+}
+
+fn is_bomb(size: u64, packed: u64) -> bool {
+    size > BOMB_BYTES && packed.saturating_mul(BOMB_RATIO) < size
 }
 
 /// Reads every local header, compares it with the directory, and checks that records overlap neither each other nor the

@@ -1,5 +1,17 @@
 //! The log of a training run: `metrics.jsonl`, one JSON object per logged step.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 use super::figures::CURVES;
 use crate::error::{Error, Result};
 use crate::files::read_beside;
@@ -54,7 +66,7 @@ impl TrainingLog {
             if line.trim().is_empty() {
                 continue;
             }
-            let at = |e: Error| e.at(format!("line {}", i + 1));
+            let at = |e: Error| e.at(format!("line {}", i.saturating_add(1)));
             let row: Map<String, Value> = match serde_json::from_str(line) {
                 Ok(row) => row,
                 Err(_) if !line.ends_with('\n') => break,
@@ -73,11 +85,13 @@ impl TrainingLog {
                     }
                     None => {
                         log.curves.push((key.clone(), vec![f64::NAN; log.steps.len()]));
-                        log.curves.len() - 1
+                        log.curves.len().saturating_sub(1)
                     }
                 };
-                log.curves[curve].1.push(value);
-                values += 1;
+                if let Some((_, curve)) = log.curves.get_mut(curve) {
+                    curve.push(value);
+                    values = values.saturating_add(1);
+                }
             }
             log.steps.push(step);
             let (names, steps) = (log.curves.len(), log.steps.len());

@@ -32,6 +32,9 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// A `meta` longer than this is refused: it holds a cfg and some numbers.
+const META_BYTES: usize = 1 << 20;
+
 /// What a run has come to.
 #[derive(Clone, Debug)]
 pub(super) struct State {
@@ -172,6 +175,9 @@ impl State {
     fn from_tensors(mut tensors: BTreeMap<String, Tensor>) -> Result<Self> {
         let damaged = |what: &str| Error::format(format!("is no state of a run: {what}"));
         let meta = match tensors.remove("meta").map(Tensor::into_values) {
+            Some(Values::U8(bytes)) if bytes.len() > META_BYTES => {
+                return Err(damaged(&format!("meta has {} bytes; the limit is {META_BYTES}", bytes.len())));
+            }
             Some(Values::U8(bytes)) => {
                 serde_json::from_slice::<Value>(&bytes).map_err(|_| damaged("meta is no JSON"))?
             }
