@@ -29,13 +29,14 @@
 use crate::activations::Activations;
 use crate::atomic;
 use crate::backend::Backend;
+use crate::batch_topk::THRESHOLD_KEY;
 use crate::buffer::{Buffer, HeldOut, ORIGINAL_REFRESH_KEY, Sizes, VAL_FRACTION_KEY};
 use crate::checkpoint::{self, Source};
 use crate::config::Config;
 use crate::crosscoder::CrossCoder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::init::initial_weights;
-use crate::normalisation::{estimate, factors, set_factors};
+use crate::normalisation::{FOLDED_KEY, estimate, factors, set_factors};
 use crate::pt::TensorSource;
 use crate::threads::beside;
 use crate::trainer::{LogRow, Schedule, Trainer, betas};
@@ -239,6 +240,8 @@ impl Run {
         {
             return Ok(trainer.into_crosscoder());
         }
+        // That a checkpoint can be written is seen before steps are taken.
+        drop(atomic::stage(&self.dir.join(RESUME), |_| Ok(()))?);
         let mut log = Log::open(&self.dir.join(METRICS), self.state.metrics_bytes)?;
         let total_steps = trainer.schedule().total_steps;
         watch(Event::Begin { dir: &self.dir, step: self.state.step, total_steps });
@@ -488,6 +491,12 @@ pub fn check(cfg: &Config, acts: &Activations) -> Result<()> {
     Sizes::from_cfg(acts, cfg)?;
     for key in ["dict_size", "log_every", "save_every"] {
         cfg.size(key)?;
+    }
+    // A run learns no threshold, and its weights are not folded.
+    for key in [FOLDED_KEY, THRESHOLD_KEY] {
+        if cfg.get(key).is_some() {
+            return Err(Error::config("is of a crosscoder that is trained already; a run begins without it").at(key));
+        }
     }
     cfg.seed()?;
     cfg.enc_dtype()?;

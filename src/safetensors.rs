@@ -29,13 +29,14 @@ use std::ops::Range;
 /// The format's own limit on the header.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// The types in the order in which the reference library writes them.
 const DTYPES: [(&str, Dtype); 10] = [
+    ("I64", Dtype::I64),
     ("F64", Dtype::F64),
     ("F32", Dtype::F32),
-    ("F16", Dtype::F16),
-    ("BF16", Dtype::BF16),
-    ("I64", Dtype::I64),
     ("I32", Dtype::I32),
+    ("BF16", Dtype::BF16),
+    ("F16", Dtype::F16),
     ("I16", Dtype::I16),
     ("I8", Dtype::I8),
     ("U8", Dtype::U8),
@@ -347,8 +348,8 @@ impl Json<'_> {
     }
 }
 
-/// Writes tensors and metadata. The larger types come first, then the names in order, as the reference library lays them
-/// out; the same tensors give the same bytes.
+/// Writes tensors and metadata, as the reference library lays them out: the larger types first, those of one type by their
+/// names. The same tensors give the same bytes.
 ///
 /// # Errors
 /// A name that comes twice or is `__metadata__`; a tensor whose source cannot give row-major order or gives another number
@@ -356,10 +357,7 @@ impl Json<'_> {
 pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metadata: &[(String, String)]) -> Result<W> {
     let mut order = tensors.to_vec();
     let place = |dtype: Dtype| DTYPES.iter().position(|d| d.1 == dtype);
-    order.sort_by(|a, b| {
-        let size = |t: &dyn TensorSource| std::cmp::Reverse(t.dtype().size_bytes());
-        (size(a.1), place(a.1.dtype()), a.0).cmp(&(size(b.1), place(b.1.dtype()), b.0))
-    });
+    order.sort_by(|a, b| (place(a.1.dtype()), a.0).cmp(&(place(b.1.dtype()), b.0)));
     let text = |s: &str| serde_json::Value::from(s).to_string();
     let mut header = String::from("{");
     // Looked at with each entry: a name has six times its length where all of it must be escaped.

@@ -77,6 +77,31 @@ fn only_files_are_replaced() {
 }
 
 #[test]
+fn what_is_read_is_not_replaced() {
+    let dir = folder("read", 8);
+    let [pt, cfg] = ["c/0.pt", "c/0_cfg.json"].map(|name| dir.join(name));
+    let mut factors = checkpoint::read_cfg(&cfg).unwrap();
+    factors.set("normalisation_factor", vec![2.0, 3.0]);
+    std::fs::write(&cfg, factors.to_json()).unwrap();
+    let bytes = || [&pt, &cfg, &dir.join("a.npy")].map(|path| std::fs::read(path).unwrap());
+    let before = bytes();
+    // The cfg is that of both names; what it says would not hold for the weights that stay.
+    for options in ["--fold", "--dtype bf16"] {
+        refused(&dir, &format!("convert c c/0.safetensors {options} --force"), "0_cfg.json: is the cfg of c/0.pt too");
+    }
+    refused(&dir, "report c a.npy --out a.npy --force", "a.npy: is read here; it is not replaced");
+    refused(&dir, "report c --json c/../c/0_cfg.json --force", "is read here");
+    assert_eq!(bytes(), before);
+    assert_eq!(run(&dir, "convert c c/0.safetensors --force").0, 0);
+    assert_eq!(bytes(), before);
+    // In place, both are new.
+    let (status, _, stderr) = run(&dir, "convert c/0.pt c/0.pt --fold --force");
+    assert_eq!(status, 0, "{stderr}");
+    assert!(bytes()[0] != before[0] && bytes()[1] != before[1]);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn all_outputs_or_none() {
     let dir = folder("outputs", 8);
     let before = names(&dir);

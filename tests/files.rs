@@ -666,6 +666,28 @@ fn long_dicts_and_lists_come_in_batches() {
 }
 
 #[test]
+fn a_file_is_read_as_what_its_name_says() {
+    let tensor = constant(Dtype::F32, 1.0, &[2]);
+    let named = |ending: &str| std::env::temp_dir().join(format!("crosscoder-names-{}.{ending}", std::process::id()));
+    let formats = [
+        ("pt", save_state_dict("a", &[("t", tensor.clone())]), "not a .pt file"),
+        ("safetensors", safetensors::write(Vec::new(), &[("t", &tensor)], &[]).unwrap(), "safetensors header of"),
+        ("npy", npy::write(Vec::new(), &tensor).unwrap(), "not a .npy file"),
+    ];
+    for (ending, _, what) in &formats {
+        for (format, bytes, _) in &formats {
+            let path = named(ending);
+            std::fs::write(&path, bytes).unwrap();
+            match TensorFile::open(&path) {
+                Ok(file) => assert_eq!((format!("{}", file.format()), ending), (ending.to_string(), format)),
+                Err(e) => assert!(ending != format && e.to_string().contains(what), "{ending}, {format}: {e}"),
+            }
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+#[test]
 fn what_could_not_be_read_back_is_not_written() {
     let deep = |n: usize| Tensor::new(vec![1; n], Values::F32(vec![1.0])).unwrap();
     let pt = |tensors: &[(&str, &dyn TensorSource)]| pt::write_state_dict(Vec::new(), "a", tensors);
@@ -763,6 +785,29 @@ fn npy_headers() {
             let _ = NpyFile::new(Cursor::new(bad)).and_then(|mut f| f.crc32());
         }
     }
+}
+
+/// `safetensors.torch.save` of safetensors 0.8 for the same tensors.
+#[test]
+fn tensors_of_all_types_lie_as_in_the_reference_library() {
+    let header = r#"{"j":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},"i":{"dtype":"F64","shape":[1],"data_offsets":[8,16]},"b":{"dtype":"F32","shape":[1],"data_offsets":[16,20]},"a":{"dtype":"I32","shape":[1],"data_offsets":[20,24]},"g":{"dtype":"BF16","shape":[1],"data_offsets":[24,26]},"f":{"dtype":"F16","shape":[1],"data_offsets":[26,28]},"h":{"dtype":"I16","shape":[1],"data_offsets":[28,30]},"e":{"dtype":"I8","shape":[1],"data_offsets":[30,31]},"c":{"dtype":"U8","shape":[1],"data_offsets":[31,32]},"d":{"dtype":"BOOL","shape":[1],"data_offsets":[32,33]}}    "#;
+    use Dtype::*;
+    let dtypes = [
+        ("a", I32),
+        ("b", F32),
+        ("c", U8),
+        ("d", Bool),
+        ("e", I8),
+        ("f", F16),
+        ("g", BF16),
+        ("h", I16),
+        ("i", F64),
+        ("j", I64),
+    ];
+    let list = dtypes.map(|(name, dtype)| (name, patterned(dtype, &[1])));
+    let list: Vec<(&str, &dyn TensorSource)> = list.iter().map(|(name, tensor)| (*name, tensor as _)).collect();
+    let saved = safetensors::write(Vec::new(), &list, &[]).unwrap();
+    assert_eq!(String::from_utf8_lossy(&saved[8..saved.len() - 33]), header);
 }
 
 fn st_file(header: &str, data: &[u8]) -> Vec<u8> {

@@ -305,6 +305,13 @@ fn walks_have_a_limit() {
     };
     accepted("three long integers", &integers(3));
     refused("five long integers", &integers(5), &["take more"]);
+    let device = cat(&[&call("torch.device", &cat(&[&s(&"x".repeat(64)), b"\x85"])), b"q\x000"]);
+    let devices = |times: usize| pt_of(&cat(&[&device, b"](", &b"h\x00".repeat(times), &w(), b"e"]));
+    accepted("references to a device's name", &devices(600_000));
+    refused("more of them", &devices(800_000), &["take more"]);
+    let numbers = |times: usize| pt_of(&cat(&[&b"M\x00\x010".repeat(times), &w()]));
+    accepted("two million numbers", &numbers(2_000_000));
+    refused("more of them", &numbers(2_200_000), &["more than 2097152 values"]);
     accepted("a hundred thousand numbers", &pt_of(&cat(&[b"](", &w(), &b"K\x01".repeat(100_000), b"e"])));
 }
 
@@ -776,6 +783,8 @@ fn views_stay_inside() {
     {
         bad("negative", &view(offset, size, stride), &["negative"]);
     }
+    let far = open(&dict(&view(i64::MAX, &[0], &[1]))).and_then(|mut pt| pt.crc32(&pt.tensors()[0].tensor.clone()));
+    assert_eq!(far.unwrap(), 0, "an empty view may begin anywhere");
     bad("ranks", &view(0, &[1], &[]), &["strides"]);
     bad("ranks", &view(0, &[], &[1]), &["strides"]);
     bad("65 dimensions", &view(0, &[1; 65], &[1; 65]), &["limit is 64"]);

@@ -396,6 +396,13 @@ fn a_cfg_that_cannot_be_trained_is_told_before_a_folder_is_made() {
     let output = run(&[&text(&acts), "--out", &text(&out), "--cfg", &text(&dir.join("three.json"))]);
     assert!(stderr(&output).contains("acts.npy, row 0: the cfg is for 3 models of d_in 4"), "{}", stderr(&output));
     assert!(!out.exists());
+    for key in ["folded_normalisation_factor", "batch_topk_threshold"] {
+        std::fs::write(dir.join("trained.json"), format!("{{\"{key}\": 0.5}}")).unwrap();
+        let output = run(&[&text(&acts), "--out", &text(&out), "--cfg", &text(&dir.join("trained.json"))]);
+        let say = format!("{key}: is of a crosscoder that is trained already");
+        assert!(stderr(&output).contains(&say), "{}", stderr(&output));
+        assert!(!out.exists());
+    }
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
@@ -445,12 +452,45 @@ fn a_place_that_cannot_be_written_is_told_before_training() {
 }
 
 #[test]
+fn what_a_run_takes_over_or_does_not_find_is_told() {
+    let dir = folder("told");
+    let (acts, out) = (dir.join("acts.npy"), dir.join("out"));
+    save_npy(&acts, &tensor(&[30, 2, 4], 1));
+    let (acts, dir_out) = (text(&acts), text(&out));
+    let args = [&acts, "--out", &dir_out, "--batch_size", "3", "--num_tokens", "6", "--dict_size", "8", "--resume"];
+    let say = "no run to go on with; a new one begins";
+    assert!(stderr(&run(&args)).contains(say));
+    assert_eq!(stderr(&run(&args)), "");
+    // The cfg of a checkpoint holds its factors.
+    let again = run(&[&acts, "--out", &dir_out, "--cfg", &text(&out.join("version_0/0_cfg.json"))]);
+    assert_eq!(again.status.code(), Some(0));
+    let say = "normalisation factors are the cfg's, not estimated from these rows: [";
+    assert!(stderr(&again).starts_with(say), "{}", stderr(&again));
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn whoever_stops_reading_finds_the_page_all_the_same() {
+    let out = folder("page");
+    let mut child = crosscoder(&["--out", &text(&out), "--num_tokens", "1280", "--dict_size", "32"]).spawn().unwrap();
+    drop(child.stdout.take());
+    child.wait().unwrap();
+    assert!(out.join("version_0/report.html").exists());
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
 fn a_run_that_goes_on_keeps_its_cfg() {
     let dir = folder("keeps");
     let out = text(&dir);
     let first = ["--out", &out, "--dict_size", "32", "--num_tokens", "1280"];
     assert!(run(&first).status.success());
-    for (more, status) in [(&["--dict_size", "32"][..], 0), (&["--dict_size", "64"], 2), (&["--nothing", "1"], 2)] {
+    for (more, status) in [
+        (&["--dict_size", "32"][..], 0),
+        (&["--l1_coeff", "1.0"], 0),
+        (&["--dict_size", "64"], 2),
+        (&["--nothing", "1"], 2),
+    ] {
         let output = run(&[&["--out", &out, "--resume"], more].concat());
         assert_eq!(output.status.code(), Some(status), "{more:?}: {}", stderr(&output));
     }

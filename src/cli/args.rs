@@ -103,14 +103,29 @@ pub(crate) fn may_write_all<'a>(paths: impl IntoIterator<Item = &'a Path>, force
     let mut places = HashMap::new();
     for path in paths {
         may_write(path, force)?;
-        // `a`, `./a` and a link to it are one.
-        let there = || folder_of(path).canonicalize().map(|folder| folder.join(path.file_name().unwrap_or_default()));
-        let place = path.canonicalize().or_else(|_| there());
-        if let Some(other) = places.insert(place.unwrap_or_else(|_| path.to_owned()), path) {
+        if let Some(other) = places.insert(place(path), path) {
             return Err(Error::usage(format!("is the same file as {}", other.display())).in_file(path));
         }
     }
     Ok(())
+}
+
+/// Where a file lies or will: `a`, `./a` and a link to it are one.
+pub(crate) fn place(path: &Path) -> PathBuf {
+    let there = || folder_of(path).canonicalize().map(|folder| folder.join(path.file_name().unwrap_or_default()));
+    path.canonicalize().or_else(|_| there()).unwrap_or_else(|_| path.to_owned())
+}
+
+/// That no output is an input.
+pub(crate) fn keep<'a>(
+    inputs: impl IntoIterator<Item = &'a Path>,
+    outputs: impl IntoIterator<Item = &'a Path>,
+) -> Result<()> {
+    let kept: Vec<PathBuf> = inputs.into_iter().map(place).collect();
+    match outputs.into_iter().find(|path| kept.contains(&place(path))) {
+        Some(path) => Err(Error::usage("is read here; it is not replaced").in_file(path)),
+        None => Ok(()),
+    }
 }
 
 fn folder_of(path: &Path) -> &Path {

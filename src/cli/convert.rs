@@ -34,7 +34,7 @@ a .pt, metadata) is left out, and named on stderr.
              infinite, which is told on stderr
   --fold     folds the factors that activations were multiplied with in training (cfg key normalisation_factor) into the
              weights, which then take activations as they are
-  --force    replaces OUT if it is there
+  --force    replaces OUT and its cfg if they are there, but not a cfg that IN would still need as it is
 ";
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -77,6 +77,7 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool
     args::may_write(&out.weights, force)?;
     args::may_write(&out.cfg, force)?;
     let (mut cfg, mut weights) = checkpoint::read(files)?;
+    let before = cfg.clone();
     if fold {
         weights = normalisation::fold(&mut cfg, weights).map_err(|e| e.in_file(&files.cfg))?;
     }
@@ -95,6 +96,12 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool
         }
     };
     cfg.set("enc_dtype", dtype.enc_name().unwrap_or_default());
+    let stays = args::place(&files.weights) != args::place(&out.weights);
+    if stays && args::place(&files.cfg) == args::place(&out.cfg) && cfg != before {
+        let what =
+            format!("is the cfg of {} too, which would no longer fit; give OUT another name", files.weights.display());
+        return Err(Error::usage(what).in_file(&out.cfg));
+    }
     let before = weights.each().map(infinite);
     let tensors = checkpoint::cast(weights, dtype)?;
     for ((name, tensor), before) in PARAMETER_NAMES.iter().zip(tensors.each()).zip(before) {

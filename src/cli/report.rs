@@ -125,6 +125,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 fn make(asked: &Asked) -> Result<()> {
     args::may_write_all(asked.files(), asked.force)?;
     let files = args::checkpoint(&asked.paths[0])?;
+    let inputs = [&files.weights, &files.cfg].into_iter().chain(&asked.paths[1..]).chain(&asked.metrics);
+    args::keep(inputs.map(PathBuf::as_path), asked.files())?;
     let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
     let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, asked))?;
     write(&report, asked)

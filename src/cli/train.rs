@@ -14,7 +14,7 @@ use crosscoder::normalisation::factors;
 use crosscoder::pt::PtFile;
 use crosscoder::report::{Report, TrainingLog};
 use crosscoder::run::{self, Ended, Event, Run};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::{Cursor, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -30,7 +30,8 @@ Trains a crosscoder on activations and saves checkpoints that the Python origina
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], one after the other; or a file [n, d_in] for each
 model, A's first; or a directory of such files. Without ACTS it trains on a small set of real activations built into the program.
 
-  --cfg FILE         a cfg of the original (JSON); its keys replace the defaults
+  --cfg FILE         a cfg of the original (JSON); its keys replace the defaults. A checkpoint's has the factors that its rows
+                     were multiplied with, normalisation_factor: leave them out to have them estimated from ACTS
   --KEY VALUE        any key of the cfg, e.g. --dict_size 4096 --l1_coeff 1; it replaces the file's
   --device D         cpu, cuda or cuda:N: the GPU, if there is one [the cfg's device; without a cfg cpu]
   --val-fraction F   the share of rows, evenly spread, that is never trained on [0.05; built-in set 0.1]
@@ -95,6 +96,9 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let acts = open(&asked)?;
     let out = asked.out.clone().unwrap_or_else(|| "checkpoints".into());
     let resumed = if asked.resume { Run::resume(&out)? } else { None };
+    if asked.resume && resumed.is_none() {
+        let _ = writeln!(std::io::stderr(), "{}: no run to go on with; a new one begins", out.display());
+    }
     let cfg = match &resumed {
         Some(run) => {
             check_same(&asked, run.cfg())?;
@@ -103,6 +107,10 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         None => {
             let cfg = cfg(&asked, &acts)?;
             run::check(&cfg, &acts)?;
+            if let Some(factors) = factors(&cfg)? {
+                let what = "normalisation factors are the cfg's, not estimated from these rows";
+                let _ = writeln!(std::io::stderr(), "{what}: {factors:?}");
+            }
             cfg
         }
     };
@@ -197,7 +205,9 @@ fn check_same(asked: &Asked, cfg: &Config) -> Result<()> {
         wanted.set_text(key, text)?;
     }
     for (key, value) in wanted.keys() {
-        if cfg.get(key) != Some(value) {
+        // 2 and 2.0 are one number.
+        let same = |found: &Value| found == value || found.as_f64().is_some_and(|n| Some(n) == value.as_f64());
+        if !cfg.get(key).is_some_and(same) {
             let before = cfg.get(key).map_or("not there".to_owned(), |v| v.to_string());
             return Err(Error::usage(format!(
                 "--resume: cfg key {key:?} is {before} in this run, {value} is asked for"
@@ -257,14 +267,15 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     };
     let weights = ended.checkpoint.as_deref().unwrap_or(Path::new(""));
     let rows = if validation { "validation" } else { "training" };
-    args::print(&if asked.json {
+    let text = if asked.json {
         json_report(weights, ended.step, rows, &evaluation, &latents)
     } else {
         text_report(weights, ended.step, rows, &evaluation, &latents)
-    })?;
+    };
     if asked.no_report {
-        return Ok(());
+        return args::print(&text);
     }
+    // Whoever does not read to the end gets the page all the same.
     let page = weights.with_file_name("report.html");
     let stats = activation_stats(crosscoder, &norms, &batches, TOP_ROWS, |_| {})?;
     let mut report = Report::new(crosscoder, norms)
@@ -276,6 +287,7 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     }
     let html = report.to_html();
     atomic::write(&page, |out| out.write_all(html.as_bytes()).map_err(|e| Error::io("cannot write", e)))?;
+    args::print(&text)?;
     if !asked.json {
         args::print(&format!("model diff            {}\n", page.display()))?;
     }

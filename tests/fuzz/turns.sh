@@ -4,8 +4,9 @@
 # executions, CPU seconds, edges covered, features covered, files in the corpus, findings. Where the processes are stopped now and
 # then, CROSSCODER_FUZZ_TIMEOUT must exceed the pauses: libFuzzer goes by the wall clock.
 set -euo pipefail
-program=$1 folder=$2 seconds=$3
+program=$(realpath -- "$1") folder=$2 seconds=$3
 shift 3
+mkdir -p "$folder"
 cd "$folder"
 TIMEFORMAT='cpu %U %S'
 while :; do

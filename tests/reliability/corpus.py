@@ -25,7 +25,7 @@ import zlib
 
 import common
 
-CALLS = "trace=execve,execveat,fork,vfork,clone,clone3,socket,connect,openat,open,creat,unlink,rename,mkdir"
+CALLS = "trace=execve,execveat,fork,vfork,clone,clone3,socket,connect,openat,openat2,open,creat,%file"
 
 
 def tensors(answer, field):
