@@ -96,6 +96,9 @@ const RESUME: &str = "resume.pt";
 /// What a run's log is called.
 const METRICS: &str = "metrics.jsonl";
 
+/// The page that the program writes there at the end.
+pub const PAGE: &str = "report.html";
+
 /// A run in its directory, held against others.
 #[derive(Debug)]
 pub struct Run {
@@ -135,9 +138,8 @@ impl Run {
         let cannot = |e| Error::io("cannot list the folder", e).in_file(&dir);
         for entry in std::fs::read_dir(&dir).map_err(cannot)? {
             let name = entry.map_err(cannot)?.file_name();
-            let ours =
-                name == RESUME || name == METRICS || name.as_encoded_bytes().first().is_some_and(u8::is_ascii_digit);
-            if ours {
+            let numbered = name.as_encoded_bytes().first().is_some_and(u8::is_ascii_digit);
+            if numbered || [RESUME, METRICS, PAGE].iter().any(|ours| name == *ours) {
                 refuse_irregular(&dir.join(name))?;
             }
         }

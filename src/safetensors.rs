@@ -352,7 +352,7 @@ impl Json<'_> {
 /// names. The same tensors give the same bytes.
 ///
 /// # Errors
-/// A name that comes twice or is `__metadata__`; a tensor whose source cannot give row-major order or gives another number
+/// A name that comes twice or is `__metadata__`; a tensor of more than 64 dimensions; one whose source cannot give row-major order or gives another number
 /// of bytes than its shape needs; the output's errors.
 pub fn write<W: Write>(mut out: W, tensors: &[(&str, &dyn TensorSource)], metadata: &[(String, String)]) -> Result<W> {
     let mut order = tensors.to_vec();

@@ -91,6 +91,8 @@ fn what_is_read_is_not_replaced() {
     }
     refused(&dir, "report c a.npy --out a.npy --force", "a.npy: is read here; it is not replaced");
     refused(&dir, "report c --json c/../c/0_cfg.json --force", "is read here");
+    std::fs::write(dir.join("c/metrics.jsonl"), "{\"step\": 1, \"loss\": 2}\n").unwrap();
+    refused(&dir, "report c --csv c/metrics.jsonl --force", "is read here");
     assert_eq!(bytes(), before);
     assert_eq!(run(&dir, "convert c c/0.safetensors --force").0, 0);
     assert_eq!(bytes(), before);

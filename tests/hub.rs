@@ -463,6 +463,19 @@ fn offline_means_no_request() {
 
 #[cfg(unix)]
 #[test]
+fn a_reference_that_is_no_file_is_none() {
+    let (fake, folder) = (Fake::start(), Folder::new());
+    assert_large(&fake, &folder);
+    let reference = folder.repo().join("refs/main");
+    fs::remove_file(&reference).unwrap();
+    // Opening it would wait for whoever writes to it.
+    assert!(std::process::Command::new("mkfifo").arg(&reference).status().unwrap().success());
+    let error = fake.hub(&folder.cache()).offline(true).download(REPO, LARGE, "main", &mut quiet).unwrap_err();
+    assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
 fn a_cache_of_huggingface_hub_is_read() {
     let (fake, folder) = (Fake::start(), Folder::new());
     let snapshot = folder.repo().join("snapshots").join(COMMIT).join("sub");

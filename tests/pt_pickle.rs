@@ -309,6 +309,10 @@ fn walks_have_a_limit() {
     let devices = |times: usize| pt_of(&cat(&[&device, b"](", &b"h\x00".repeat(times), &w(), b"e"]));
     accepted("references to a device's name", &devices(600_000));
     refused("more of them", &devices(800_000), &["take more"]);
+    // An allocation each, whatever their length.
+    let strings = |times: usize| pt_of(&cat(&[&b"U\x01a0".repeat(times), &w()]));
+    accepted("a million strings", &strings(1_000_000));
+    refused("more of them", &strings(1_600_000), &["hold more than 50331648 bytes"]);
     let numbers = |times: usize| pt_of(&cat(&[&b"M\x00\x010".repeat(times), &w()]));
     accepted("two million numbers", &numbers(2_000_000));
     refused("more of them", &numbers(2_200_000), &["more than 2097152 values"]);

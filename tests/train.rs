@@ -329,7 +329,7 @@ fn a_run_that_was_handed_over_writes_through_no_link() {
     let dir = train(Run::create(&out, cfg(&[])).unwrap(), &acts, 9).unwrap().checkpoint.unwrap();
     let dir = dir.parent().unwrap();
     let precious = out.join("precious");
-    for name in ["metrics.jsonl", "resume.pt", "0.pt", "0_cfg.json", "1.pt", "1_cfg.json", "../.lock"] {
+    for name in ["metrics.jsonl", "resume.pt", "0.pt", "0_cfg.json", "1.pt", "1_cfg.json", "report.html", "../.lock"] {
         let (path, aside) = (dir.join(name), out.join("aside"));
         let kept = std::fs::rename(&path, &aside).is_ok();
         match kept {

@@ -483,11 +483,13 @@ fn whoever_stops_reading_finds_the_page_all_the_same() {
 fn a_run_that_goes_on_keeps_its_cfg() {
     let dir = folder("keeps");
     let out = text(&dir);
-    let first = ["--out", &out, "--dict_size", "32", "--num_tokens", "1280"];
+    let first = ["--out", &out, "--dict_size", "32", "--num_tokens", "1280", "--seed", "9007199254740992"];
     assert!(run(&first).status.success());
     for (more, status) in [
         (&["--dict_size", "32"][..], 0),
         (&["--l1_coeff", "1.0"], 0),
+        (&["--seed", "9007199254740992"], 0),
+        (&["--seed", "9007199254740993"], 2),
         (&["--dict_size", "64"], 2),
         (&["--nothing", "1"], 2),
     ] {

@@ -125,7 +125,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 fn make(asked: &Asked) -> Result<()> {
     args::may_write_all(asked.files(), asked.force)?;
     let files = args::checkpoint(&asked.paths[0])?;
-    let inputs = [&files.weights, &files.cfg].into_iter().chain(&asked.paths[1..]).chain(&asked.metrics);
+    let log = beside(&files);
+    let inputs = [&files.weights, &files.cfg, &log].into_iter().chain(&asked.paths[1..]).chain(&asked.metrics);
     args::keep(inputs.map(PathBuf::as_path), asked.files())?;
     let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
     let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, asked))?;
@@ -155,8 +156,13 @@ fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) 
     Ok(report)
 }
 
+/// Where the log of the run that made a checkpoint lies, if it is there.
+fn beside(files: &Files) -> PathBuf {
+    files.weights.with_file_name("metrics.jsonl")
+}
+
 fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
-    let beside = files.weights.with_file_name("metrics.jsonl");
+    let beside = beside(files);
     let path = match &asked.metrics {
         Some(path) => path,
         None if beside.is_file() => &beside,

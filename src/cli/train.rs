@@ -205,8 +205,9 @@ fn check_same(asked: &Asked, cfg: &Config) -> Result<()> {
         wanted.set_text(key, text)?;
     }
     for (key, value) in wanted.keys() {
-        // 2 and 2.0 are one number.
-        let same = |found: &Value| found == value || found.as_f64().is_some_and(|n| Some(n) == value.as_f64());
+        // 2 and 2.0 are one number; two integers that float64 does not tell apart are not.
+        let is_float = |found: &Value| found.is_f64() || value.is_f64();
+        let same = |found: &Value| found == value || is_float(found) && found.as_f64() == value.as_f64();
         if !cfg.get(key).is_some_and(same) {
             let before = cfg.get(key).map_or("not there".to_owned(), |v| v.to_string());
             return Err(Error::usage(format!(
@@ -276,7 +277,7 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
         return args::print(&text);
     }
     // Whoever does not read to the end gets the page all the same.
-    let page = weights.with_file_name("report.html");
+    let page = weights.with_file_name(run::PAGE);
     let stats = activation_stats(crosscoder, &norms, &batches, TOP_ROWS, |_| {})?;
     let mut report = Report::new(crosscoder, norms)
         .with_source(weights.file_name().unwrap_or_default().to_string_lossy())
