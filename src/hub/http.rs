@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ureq::config::Config;
 use ureq::http::header::{self, HeaderMap};
 use ureq::http::{Method, Request, Response, Uri};
-use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::NextTimeout;
 
 use super::meter::{self, Meter};
 use super::names::{Commit, Etag, Target, printable};
@@ -165,6 +167,21 @@ pub(super) struct Client {
     proxies: Proxies,
 }
 
+/// Looks names up as ureq does, which panics where the thread cannot be started that it does it in.
+#[derive(Debug)]
+struct Lookup;
+
+impl Resolver for Lookup {
+    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let (found, answer) = std::sync::mpsc::sync_channel(1);
+        let (uri, config) = (uri.clone(), config.clone());
+        // Without a timeout ureq starts none.
+        let look = move || drop(found.send(DefaultResolver::default().resolve(&uri, &config, NextTimeout::default())));
+        std::thread::Builder::new().spawn(look)?;
+        answer.recv_timeout(*timeout.after).unwrap_or(Err(ureq::Error::Timeout(timeout.reason)))
+    }
+}
+
 impl Client {
     pub(super) fn new(endpoint: &Url, token: Option<String>, timeout: Duration, proxies: Proxies) -> Self {
         let config = ureq::Agent::config_builder()
@@ -186,7 +203,7 @@ impl Client {
         let endpoint_text = endpoint.0.to_string();
         let meter = Arc::new(Meter::new());
         Client {
-            agent: ureq::Agent::with_parts(config, meter::connector(&meter), DefaultResolver::default()),
+            agent: ureq::Agent::with_parts(config, meter::connector(&meter), Lookup),
             meter,
             endpoint: endpoint_text.trim_end_matches('/').to_owned(),
             home: endpoint.origin(),
