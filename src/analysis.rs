@@ -365,11 +365,11 @@ pub fn activation_stats<B: Backend>(
     check(crosscoder, batches)?;
     let width = crosscoder.n_models() * crosscoder.d_in();
     let mut pass = ActivationPass::new(crosscoder, norms, top_rows);
-    let mut done = 0;
+    let (mut rows, mut done) = (batches.rows(), 0);
     batches.for_each::<B::Scalar>(|x| {
-        let rows = &batches.rows[done..done + x.len() / width];
-        pass.add_numbered(x, &rows.iter().map(|&row| row as u64).collect::<Vec<_>>())?;
-        done += rows.len();
+        let numbers: Vec<u64> = rows.by_ref().take(x.len() / width).map(|row| row as u64).collect();
+        pass.add_numbered(x, &numbers)?;
+        done += numbers.len();
         progress(done);
         Ok(())
     })?;

@@ -6,6 +6,7 @@ use crate::backend::{Backend, Scalar};
 use crate::crosscoder::{CrossCoder, model_name};
 use crate::error::{Error, Result};
 use crate::normalisation::scale_rows;
+use std::ops::Range;
 
 /// The losses of `get_losses` over a set, batch by batch, means weighted with the batches' rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,15 +30,38 @@ impl Evaluation {
 /// set of one row, or where batches have at most one or, of an odd number of rows, two.
 pub struct Batches<'a> {
     acts: &'a Activations,
-    pub(crate) rows: Vec<usize>,
+    /// Rows that follow one another, as many together as do: a set may have more rows than memory has room for numbers.
+    runs: Vec<Range<usize>>,
     batch_size: usize,
     factors: Vec<f32>,
 }
 
 impl<'a> Batches<'a> {
     /// These rows (ascending) of a set, at most `batch_size` at a time, times one factor per model.
-    pub fn new(acts: &'a Activations, rows: Vec<usize>, batch_size: usize, factors: &[f64]) -> Self {
-        Batches { acts, rows, batch_size: batch_size.max(1), factors: factors.iter().map(|&f| f as f32).collect() }
+    pub fn new(
+        acts: &'a Activations,
+        rows: impl IntoIterator<Item = usize>,
+        batch_size: usize,
+        factors: &[f64],
+    ) -> Self {
+        let mut runs = Vec::<Range<usize>>::new();
+        for row in rows {
+            match runs.last_mut() {
+                Some(run) if run.end == row => run.end = row + 1,
+                _ => runs.push(row..row + 1),
+            }
+        }
+        Batches { acts, runs, batch_size: batch_size.max(1), factors: factors.iter().map(|&f| f as f32).collect() }
+    }
+
+    /// The numbers of the rows, in order.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = usize> {
+        self.runs.iter().cloned().flatten()
+    }
+
+    /// How many rows they are.
+    pub(crate) fn len(&self) -> usize {
+        self.runs.iter().map(Range::len).sum()
     }
 
     /// Calls `f` with the values of each batch, row-major [rows, n_models, d_in].
@@ -51,20 +75,21 @@ impl<'a> Batches<'a> {
             return Err(Error::shape(format!("{found} normalisation factors for the {n_models} models up to {last}")));
         }
         let (mut batch, mut piece) = (Vec::new(), Vec::new());
-        let count = self.rows.len().div_ceil(self.batch_size).max(1);
-        let mut left = &self.rows[..];
-        for i in (1..=count).rev() {
-            // Of those that are left, an equal share, rounded up.
-            let rows = left.split_off(..left.len().div_ceil(i)).unwrap_or_default();
-            if rows.is_empty() {
-                break;
-            }
+        let mut left = self.len();
+        let (mut runs, mut run) = (self.runs.iter().cloned(), 0..0);
+        for i in (1..=left.div_ceil(self.batch_size)).rev() {
             batch.clear();
-            for run in rows.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
-                for run in run.chunks(self.acts.rows_per_piece()) {
-                    self.acts.read_f32(run[0], run.len(), &mut piece)?;
-                    batch.extend_from_slice(&piece);
+            // Of those that are left, an equal share, rounded up.
+            let mut rows = left.div_ceil(i);
+            left -= rows;
+            while rows > 0 {
+                if run.is_empty() {
+                    run = runs.next().unwrap_or_default();
                 }
+                let n = rows.min(run.len()).min(self.acts.rows_per_piece());
+                self.acts.read_f32(run.start, n, &mut piece)?;
+                batch.extend_from_slice(&piece);
+                (run.start, rows) = (run.start + n, rows - n);
             }
             scale_rows(&self.factors, self.acts.d_in(), &mut batch);
             let values: Vec<S> = batch.iter().map(|&v| S::narrow(f64::from(v))).collect();
@@ -85,7 +110,7 @@ pub fn evaluate<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -
     let mut losses: Vec<(String, f64)> = Vec::new();
     batches.for_each::<B::Scalar>(|x| {
         let output = crosscoder.losses_on(&mut tape, x)?.output;
-        let weight = (x.len() / width) as f64 / batches.rows.len() as f64;
+        let weight = (x.len() / width) as f64 / batches.len() as f64;
         for (i, (name, value)) in output.named().into_iter().enumerate() {
             match losses.get_mut(i) {
                 Some((_, sum)) => *sum += weight * value,
@@ -94,7 +119,7 @@ pub fn evaluate<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -
         }
         Ok(())
     })?;
-    Ok(Evaluation { rows: batches.rows.len(), losses })
+    Ok(Evaluation { rows: batches.len(), losses })
 }
 
 /// How many latents are above zero on none of these rows.
@@ -127,7 +152,7 @@ pub(crate) fn check<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_
         let what = format!("the activations are {found}; the crosscoder needs [n, {n_models}, {d_in}]");
         return Err(Error::shape(what).at(acts.place(0)));
     }
-    if batches.rows.is_empty() {
+    if batches.len() == 0 {
         return Err(Error::shape("no rows to evaluate on"));
     }
     Ok(())

@@ -46,7 +46,8 @@ pub const ESTIMATE_BATCHES: usize = 100;
 
 /// The factors of a set: `√d_in / mean norm` for each model, over the first [`ESTIMATE_BATCHES`] · `batch_size` rows to train
 /// on, or all of them if there are fewer. The original takes the first 100 · `model_batch_size` sequences, BOS included;
-/// by its defaults that is the same number of tokens. None if `stop` was set meanwhile.
+/// by its defaults that is the same number of tokens. Rows that are not finite, which only a set that is
+/// [unchecked](Activations::unchecked) hands out, are left out. None if `stop` was set meanwhile.
 ///
 /// Original: `estimate_norm_scaling_factor`.
 ///
@@ -69,7 +70,7 @@ pub fn estimate(
         let n = acts.rows_per_piece().min(acts.rows().saturating_sub(at));
         acts.read_f32(at, n, &mut piece)?;
         for (i, row) in piece.chunks_exact(acts.width()).enumerate() {
-            if count == wanted || held_out.holds(at.saturating_add(i)) {
+            if count == wanted || held_out.holds(at.saturating_add(i)) || !row.iter().all(|v| v.is_finite()) {
                 continue;
             }
             for (sum, x) in sums.iter_mut().zip(row.chunks_exact(acts.d_in())) {

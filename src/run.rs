@@ -307,6 +307,8 @@ impl Run {
                 return Err(Error::shape(format!("the activations have d_in {}, the cfg {}", sizes.2, cfg.d_in()?)));
             }
             let norm = cfg.number("dec_init_norm")?;
+            // A process that finds this out later is ended by the system, without a word.
+            check_memory::<B>(sizes)?;
             let weights = initial_weights(cfg.seed()?, sizes.0, sizes.1, sizes.2, cfg.enc_dtype()?, norm)?;
             return Trainer::new(CrossCoder::from_tensors(backend, cfg.clone(), weights)?);
         };
@@ -377,6 +379,20 @@ impl Run {
         watch(Event::Saved { weights: &files.weights, step });
         Ok(())
     }
+}
+
+/// That memory holds W_enc and W_dec and, unless a device does, their gradients and both moments.
+fn check_memory<B: Backend>((d_hidden, n_models, d_in): (usize, usize, usize)) -> Result<()> {
+    let copies = if B::AHEAD { 1 } else { 4 };
+    let elements = [2, n_models, d_in, copies].iter().fold(d_hidden, |n, &m| n.saturating_mul(m));
+    // Otherwise the compiler takes an allocation that nobody uses for one that succeeds.
+    let mut room = std::hint::black_box(Vec::<f32>::new());
+    room.try_reserve_exact(elements).map_err(|e| {
+        let bytes = elements.saturating_mul(size_of::<f32>());
+        let what =
+            format!("weights [{d_hidden}, {n_models}, {d_in}], gradients and moments need {bytes} bytes of memory");
+        Error::config(what).with_source(e)
+    })
 }
 
 /// A batch, and where it comes from.

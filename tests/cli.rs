@@ -90,6 +90,9 @@ fn what_is_read_is_not_replaced() {
         refused(&dir, &format!("convert c c/0.safetensors {options} --force"), "0_cfg.json: is the cfg of c/0.pt too");
     }
     refused(&dir, "report c a.npy --out a.npy --force", "a.npy: is read here; it is not replaced");
+    std::fs::create_dir(dir.join("acts")).unwrap();
+    save(&dir.join("acts/1.npy"), &[8, 2, 4]);
+    refused(&dir, "report c acts --csv acts/1.npy --force", "acts/1.npy: is read here");
     refused(&dir, "report c --json c/../c/0_cfg.json --force", "is read here");
     std::fs::write(dir.join("c/metrics.jsonl"), "{\"step\": 1, \"loss\": 2}\n").unwrap();
     refused(&dir, "report c --csv c/metrics.jsonl --force", "is read here");
@@ -149,6 +152,23 @@ fn messages_name_file_and_option() {
     let (status, _, stderr) = run(&dir, "eval c b.npy");
     let say = "b.npy, row 0: the activations are [n, 3, 4]; the crosscoder needs [n, 2, 4]";
     assert!(status == 1 && stderr.contains(say), "{stderr}");
+    // A factor that is no number, one too many: the cfg is named.
+    let cfg = dir.join("c/0_cfg.json");
+    for (factors, say) in
+        [("[1, \"2\"]", "needs a list of positive numbers"), ("[1, 2, 3]", "has 3 factors for 2 models")]
+    {
+        let mut with = checkpoint::read_cfg(&cfg).unwrap();
+        with.set("normalisation_factor", serde_json::from_str::<serde_json::Value>(factors).unwrap());
+        std::fs::write(&cfg, with.to_json()).unwrap();
+        for verb in ["eval c a.npy", "encode c a.npy --out o.pt", "report c a.npy"] {
+            let (status, _, stderr) = run(&dir, verb);
+            let say = format!("c/0_cfg.json: cfg key \"normalisation_factor\" {say}");
+            assert!(status == 1 && stderr.contains(&say), "{verb}: {stderr}");
+            if verb.starts_with("eval") {
+                assert_eq!(run(&dir, &format!("{verb} --raw")).0, 0);
+            }
+        }
+    }
     refused(&dir, "report c --name one --out n.html", "--name: the crosscoder reads 2 models, found 1 names");
     std::fs::remove_dir_all(&dir).unwrap();
 }

@@ -119,7 +119,7 @@ fn a_run_learns_and_tells_what_it_learnt() {
     assert_eq!(ended.step, 1000);
     let crosscoder = &ended.crosscoder;
     let factors = factors(crosscoder.cfg()).unwrap().unwrap();
-    let batches = Batches::new(&acts, (0..400).collect(), 64, &factors);
+    let batches = Batches::new(&acts, 0..400, 64, &factors);
     let evaluation = evaluate(crosscoder, &batches).unwrap();
     assert_eq!(evaluation.rows, 400);
     assert!(evaluation.get("explained_variance").unwrap() > 0.8, "{evaluation:?}");
@@ -544,11 +544,39 @@ fn a_model_of_zeros_has_no_factor() {
 }
 
 #[test]
+fn rows_that_are_not_finite_are_left_out_of_the_factors() {
+    let values = vec![3.0, 1.0, f32::NAN, 1.0, 5.0, f32::INFINITY, 5.0, 1.0];
+    let tensor = Tensor::new(vec![4, 2, 1], Values::F32(values)).unwrap();
+    let acts = Activations::from_tensor("rows", tensor).unwrap();
+    let error = estimate(&acts, HeldOut::default(), 4, &NEVER).unwrap_err().to_string();
+    assert!(error.contains("rows, row 1: model A, element 0: NaN is not finite"), "{error}");
+    let factors = estimate(&acts.unchecked(), HeldOut::default(), 4, &NEVER).unwrap().unwrap();
+    assert_eq!(factors, [0.25, 1.0], "1 / the mean of 3 and 5, of 1 and 1");
+}
+
+#[test]
 fn rows_too_small_for_a_factor_in_float32_are_refused() {
     let tensor = Tensor::new(vec![4, 2, 1], Values::F32(vec![1e-44; 8])).unwrap();
     let acts = Activations::from_tensor("rows", tensor).unwrap();
     let error = estimate(&acts, HeldOut::default(), 4, &NEVER).unwrap_err().to_string();
     assert!(error.contains("model A's rows have a mean norm of 0.0000"), "{error}");
+}
+
+#[test]
+fn an_evaluation_takes_the_rows_that_it_is_given() {
+    let acts = counting(20);
+    for rows in [vec![], vec![7], vec![0, 1, 2, 9, 11, 12, 13, 14, 19], (3..17).collect()] {
+        for batch_size in [1, 2, 3, 30] {
+            let mut found = Vec::new();
+            let batches = Batches::new(&acts, rows.iter().copied(), batch_size, &[1.0, 2.0]);
+            let note = |x: &[f32]| {
+                found.extend_from_slice(x);
+                Ok(())
+            };
+            batches.for_each(note).unwrap();
+            assert_eq!(found, rows.iter().flat_map(|&i| [i as f32, -2.0 * i as f32]).collect::<Vec<_>>());
+        }
+    }
 }
 
 #[test]
@@ -558,7 +586,7 @@ fn an_evaluation_has_no_batch_of_one_leftover_row() {
     {
         let acts = counting(rows.max(1));
         let mut found = Vec::new();
-        let batches = Batches::new(&acts, (0..rows).collect(), batch_size, &[1.0, 1.0]);
+        let batches = Batches::new(&acts, 0..rows, batch_size, &[1.0, 1.0]);
         let note = |x: &[f32]| {
             found.push(x.len() / acts.width());
             Ok(())
@@ -566,7 +594,7 @@ fn an_evaluation_has_no_batch_of_one_leftover_row() {
         batches.for_each(note).unwrap();
         assert_eq!(found, sizes);
         for factors in [&[][..], &[1.0], &[1.0; 3]] {
-            let error = Batches::new(&acts, vec![0], 4, factors).for_each::<f32>(|_| Ok(())).unwrap_err();
+            let error = Batches::new(&acts, [0], 4, factors).for_each::<f32>(|_| Ok(())).unwrap_err();
             assert!(error.to_string().contains("factors for the 2 models"), "{error}");
         }
     }

@@ -500,6 +500,21 @@ fn a_run_that_goes_on_keeps_its_cfg() {
 }
 
 #[test]
+fn a_run_beyond_memory_is_refused() {
+    let dir = folder("memory");
+    let acts = dir.join("acts.npy");
+    save_npy(&acts, &tensor(&[30, 2, 4], 1));
+    for dict_size in [1u64 << 45, 1 << 58, 1 << 62] {
+        let args = [&text(&acts), "--out", &text(&dir), "--batch_size", "3", "--dict_size", &dict_size.to_string()];
+        let output = run(&args);
+        let say = format!("weights [{dict_size}, 2, 4], gradients and moments need ");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains(&say), "{}", stderr(&output));
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn a_file_that_changes_while_it_is_read_stops_the_run() {
     let dir = folder("changes");
     let out = dir.join("out");

@@ -52,6 +52,10 @@ impl RowFile {
         Ok(RowFile { path: path.to_owned(), shape, dtype, stamp, file: Mutex::default() })
     }
 
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// What messages call it.
     pub(super) fn name(&self) -> String {
         self.path.display().to_string()

@@ -191,6 +191,15 @@ impl Activations {
         self.n_models.saturating_mul(self.d_in)
     }
 
+    /// The files that rows are read from; none for a set in memory.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let files = self.parts.iter().flat_map(|part| match &part.source {
+            Source::Files(files) => files.as_slice(),
+            Source::Memory(_) => &[],
+        });
+        files.map(RowFile::path)
+    }
+
     /// Bytes of a row as it is handed out.
     pub fn row_bytes(&self) -> usize {
         self.width().saturating_mul(self.dtype.size_bytes())

@@ -6,7 +6,7 @@ use super::eval::factors;
 use crosscoder::activations::Activations;
 use crosscoder::atomic;
 use crosscoder::backend::Backend;
-use crosscoder::checkpoint::is_safetensors;
+use crosscoder::checkpoint::{Files, is_safetensors};
 use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::Batches;
 use crosscoder::pt::{self, Save, TensorSource};
@@ -53,9 +53,10 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         return Err(Error::usage("is there already").in_file(&out));
     }
     args::may_write(&out, false)?;
-    let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;
+    let files = args::checkpoint(checkpoint)?;
+    let (checkpoint, picked) = device::Checkpoint::read(&files, &device)?;
     let acts = Activations::open(acts)?;
-    let tensors = with_backend!(picked, |backend| latents(&checkpoint.on(backend)?, &acts, batch_size, raw))?;
+    let tensors = with_backend!(picked, |backend| latents(&checkpoint.on(backend)?, &files, &acts, batch_size, raw))?;
     atomic::write(&out, |file| {
         if is_safetensors(&out) {
             let named: Vec<(&str, &dyn TensorSource)> =
@@ -71,6 +72,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 /// The tensors of the file, by name.
 fn latents<B: Backend<Scalar = f32>>(
     crosscoder: &CrossCoder<B>,
+    files: &Files,
     acts: &Activations,
     batch_size: usize,
     raw: bool,
@@ -79,10 +81,10 @@ fn latents<B: Backend<Scalar = f32>>(
         let (found, needed) = ((acts.n_models(), acts.d_in()), (crosscoder.n_models(), crosscoder.d_in()));
         return Err(Error::shape(format!("rows of shape {found:?}; the crosscoder needs {needed:?}")).at(acts.place(0)));
     }
-    let factors = factors(crosscoder, raw)?;
+    let factors = factors(crosscoder, files, raw)?;
     let d_hidden = crosscoder.d_hidden();
     let (mut starts, mut columns, mut values) = (vec![0i64], Vec::<i64>::new(), Vec::<f32>::new());
-    Batches::new(acts, (0..acts.rows()).collect(), batch_size, &factors).for_each::<f32>(|x| {
+    Batches::new(acts, 0..acts.rows(), batch_size, &factors).for_each::<f32>(|x| {
         let mut dense = vec![0f32; x.len() / acts.width() * d_hidden];
         crosscoder.encode_into(x, true, &mut dense)?;
         for row in dense.chunks_exact(d_hidden) {

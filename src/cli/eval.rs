@@ -5,9 +5,10 @@ use super::device::{self, with_backend};
 use crosscoder::CrossCoder;
 use crosscoder::activations::Activations;
 use crosscoder::backend::Backend;
-use crosscoder::error::Result;
-use crosscoder::evaluation::{Batches, Evaluation, evaluate};
-use crosscoder::normalisation;
+use crosscoder::checkpoint::Files;
+use crosscoder::error::{Error, Result};
+use crosscoder::evaluation::{Batches, evaluate};
+use crosscoder::normalisation::{self, FACTOR_KEY};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -46,9 +47,15 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         }
     }
     let (checkpoint, acts) = args::checkpoint_and_acts("eval", &paths)?;
-    let (checkpoint, picked) = device::Checkpoint::read(&args::checkpoint(checkpoint)?, &device)?;
+    let files = args::checkpoint(checkpoint)?;
+    let (checkpoint, picked) = device::Checkpoint::read(&files, &device)?;
     let acts = Activations::open(acts)?;
-    let evaluation = with_backend!(picked, |backend| evaluation(&checkpoint.on(backend)?, &acts, batch_size, raw))?;
+    let evaluation = with_backend!(picked, |backend| {
+        let crosscoder = checkpoint.on(backend)?;
+        let factors = factors(&crosscoder, &files, raw)?;
+        let batch_size = batch_size.unwrap_or_else(|| default_batch_size(&crosscoder));
+        evaluate(&crosscoder, &Batches::new(&acts, 0..acts.rows(), batch_size, &factors))?
+    });
     if json {
         let mut object = serde_json::json!({"rows": evaluation.rows});
         for (name, value) in &evaluation.losses {
@@ -62,24 +69,19 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn evaluation<B: Backend>(
-    crosscoder: &CrossCoder<B>,
-    acts: &Activations,
-    batch_size: Option<usize>,
-    raw: bool,
-) -> Result<Evaluation> {
-    let factors = factors(crosscoder, raw)?;
-    let batch_size = batch_size.unwrap_or_else(|| default_batch_size(crosscoder));
-    evaluate(crosscoder, &Batches::new(acts, (0..acts.rows()).collect(), batch_size, &factors))
-}
-
 /// Rows at a time where `--batch-size` is not given.
 pub(crate) fn default_batch_size<B: Backend>(crosscoder: &CrossCoder<B>) -> usize {
     crosscoder.cfg().size("batch_size").unwrap_or(4096).min(4096)
 }
 
 /// One factor for each model: those of the checkpoint, or 1.
-pub(crate) fn factors<B: Backend>(crosscoder: &CrossCoder<B>, raw: bool) -> Result<Vec<f64>> {
-    let saved = if raw { None } else { normalisation::factors(crosscoder.cfg())? };
-    Ok(saved.unwrap_or_else(|| vec![1.0; crosscoder.n_models()]))
+pub(crate) fn factors<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, raw: bool) -> Result<Vec<f64>> {
+    let saved = if raw { None } else { normalisation::factors(crosscoder.cfg()).map_err(|e| e.in_file(&files.cfg))? };
+    let n_models = crosscoder.n_models();
+    let factors = saved.unwrap_or_else(|| vec![1.0; n_models]);
+    if factors.len() != n_models {
+        let what = format!("cfg key {FACTOR_KEY:?} has {} factors for {n_models} models", factors.len());
+        return Err(Error::config(what).in_file(&files.cfg));
+    }
+    Ok(factors)
 }

@@ -149,7 +149,8 @@ fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) 
     let paths = &asked.paths[1..];
     if !paths.is_empty() {
         let acts = Activations::open(paths)?;
-        let stats = stats(crosscoder, &norms, &acts, asked)?;
+        args::keep(acts.files(), asked.files())?;
+        let stats = stats(crosscoder, files, &norms, &acts, asked)?;
         let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
         report = report.with_activations(stats, names.join(", "));
     }
@@ -177,14 +178,15 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
 
 fn stats<B: Backend>(
     crosscoder: &CrossCoder<B>,
+    files: &Files,
     norms: &DecoderNorms,
     acts: &Activations,
     asked: &Asked,
 ) -> Result<ActivationStats> {
-    let factors = eval::factors(crosscoder, asked.raw)?;
+    let factors = eval::factors(crosscoder, files, asked.raw)?;
     let batch_size = asked.batch_size.unwrap_or_else(|| eval::default_batch_size(crosscoder));
     let rows = asked.rows.unwrap_or(usize::MAX).min(acts.rows());
-    let batches = Batches::new(acts, (0..rows).collect(), batch_size, &factors);
+    let batches = Batches::new(acts, 0..rows, batch_size, &factors);
     let mut progress = Progress::new("activations", Unit::Bytes);
     let bytes = |rows: usize| (rows * acts.row_bytes()) as u64;
     activation_stats(crosscoder, norms, &batches, asked.top_rows.unwrap_or(5), |done| {

@@ -255,10 +255,10 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     let factors = factors(crosscoder.cfg())?.unwrap_or_else(|| vec![1.0; acts.n_models()]);
     let limit = EVALUATION_BATCHES * batch_size;
     let validation = held_out.count(acts.rows()) > 0;
-    let rows: Vec<usize> = (0..acts.rows()).filter(|&row| held_out.holds(row) == validation).take(limit).collect();
+    let rows = (0..acts.rows()).filter(|&row| held_out.holds(row) == validation).take(limit);
     let batches = Batches::new(acts, rows, batch_size, &factors);
     let evaluation = evaluate(crosscoder, &batches)?;
-    let all: Vec<usize> = (0..acts.rows()).take(limit).collect();
+    let all = 0..acts.rows().min(limit);
     let norms = DecoderNorms::of(crosscoder)?;
     let latents = Latents {
         rows: all.len(),
