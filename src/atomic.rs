@@ -22,6 +22,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ScopedJoinHandle;
 
 /// What stands in the names of temporary files: `.0.pt.4711-0.crosscoder-tmp`.
@@ -29,6 +30,22 @@ const SUFFIX: &str = ".crosscoder-tmp";
 
 /// So much of a file's own name stands there, too.
 const STEM_BYTES: usize = 180;
+
+/// The temporary files of this process.
+static TEMPORARIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn temporaries() -> MutexGuard<'static, Vec<PathBuf>> {
+    TEMPORARIES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends the process at once, as a signal does, but leaves none of its temporary files. What is being put into its place is
+/// there afterwards, whole, or is not.
+pub fn exit(status: i32) -> ! {
+    let files = temporaries();
+    files.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    // The list stays locked, so that no other is made.
+    std::process::exit(status)
+}
 
 /// A file that is written and synced, but not yet in its place. Dropped, it is removed.
 #[derive(Debug)]
@@ -128,7 +145,10 @@ pub fn stage(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Re
     // A link stays, and what it leads to is replaced.
     let place = if path.is_symlink() { path.canonicalize().map_err(cannot)? } else { path.to_owned() };
     let temporary = temporary_for(&place)?;
+    let mut ours = temporaries();
     let file = File::create_new(&temporary).map_err(cannot)?;
+    ours.push(temporary.clone());
+    drop(ours);
     // Where a file system has no locks or permissions, it goes without. (Elsewhere than on Unix, a lock keeps readers away too.)
     if cfg!(unix) {
         let _ = file.try_lock();
@@ -239,6 +259,7 @@ fn temporary_for(path: &Path) -> Result<PathBuf> {
 
 impl Drop for Staged {
     fn drop(&mut self) {
+        temporaries().retain(|path| *path != self.temporary);
         if !self.placed {
             let _ = std::fs::remove_file(&self.temporary);
         }

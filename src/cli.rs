@@ -15,9 +15,13 @@ mod progress;
 mod report;
 mod train;
 
+use crosscoder::atomic;
 use crosscoder::error::{Error, ErrorKind, Result};
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const HELP: &str = "\
 crosscoder VERB …
@@ -40,13 +44,13 @@ fn run() -> Result<ExitCode> {
     match parser.next().map_err(args::usage)? {
         Some(lexopt::Arg::Value(verb)) => match verb.to_str() {
             Some("bench") => bench::run(&mut parser),
-            Some("convert") => convert::run(&mut parser),
+            Some("convert") => tidied(convert::run, &mut parser),
             Some("download") => download::run(&mut parser),
-            Some("encode") => encode::run(&mut parser),
+            Some("encode") => tidied(encode::run, &mut parser),
             Some("eval") => eval::run(&mut parser),
             Some("golden") => golden::run(&mut parser),
             Some("info") => info::run(&mut parser),
-            Some("report") => report::run(&mut parser),
+            Some("report") => tidied(report::run, &mut parser),
             Some("train") => train::run(&mut parser),
             Some("help") => args::help(HELP),
             _ => Err(Error::usage(format!("no verb '{}'; `crosscoder help` lists them", verb.display()))),
@@ -61,6 +65,31 @@ fn run() -> Result<ExitCode> {
             Ok(ExitCode::from(2))
         }
     }
+}
+
+/// Runs a verb that writes files. SIGINT and SIGTERM end it as they otherwise would, but for what it was writing, which is removed.
+fn tidied(verb: fn(&mut lexopt::Parser) -> Result<ExitCode>, parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let stop = stop_on_signals()?;
+    // Where no thread can be started, nothing can be written either.
+    let _ = std::thread::Builder::new().spawn(move || {
+        while !stop.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        atomic::exit(130)
+    });
+    verb(parser)
+}
+
+/// SIGINT and SIGTERM set the flag; another one while it is set ends the program at once.
+fn stop_on_signals() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The order matters: the first signal must not see the flag that it sets.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
+            .map_err(|e| Error::io("cannot listen to signals", e))?;
+    }
+    Ok(stop)
 }
 
 /// Runs the program; the exit status.

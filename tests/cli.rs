@@ -2,6 +2,7 @@
 #![cfg(feature = "cli")]
 
 use crosscoder::{Config, CrossCoder, Tensor, Values, checkpoint, npy};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -170,6 +171,33 @@ fn messages_name_file_and_option() {
         }
     }
     refused(&dir, "report c --name one --out n.html", "--name: the crosscoder reads 2 models, found 1 names");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+#[cfg(unix)]
+fn a_signal_leaves_no_temporary_file() {
+    let dir = folder("signal", 8);
+    let elements = 1 << 26;
+    let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({elements},), }}");
+    let zeros = std::fs::File::create(dir.join("zeros.npy")).unwrap();
+    (&zeros).write_all(&[b"\x93NUMPY\x01\0\x76\0", format!("{header:<117}\n").as_bytes()].concat()).unwrap();
+    zeros.set_len(128 + 4 * elements).unwrap();
+    let temporary = || names(&dir).iter().any(|name| name.ends_with(".crosscoder-tmp"));
+    // In one of the tries the signal comes while the file is being written.
+    let stopped = (0..20).any(|_| {
+        let mut convert = Command::new(env!("CARGO_BIN_EXE_crosscoder"));
+        let mut child = convert.args(["convert", "zeros.npy", "zeros.pt"]).current_dir(&dir).spawn().unwrap();
+        while !temporary() && child.try_wait().unwrap().is_none() {}
+        let _ = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        let status = child.wait().unwrap().code();
+        assert!(!temporary() && matches!(status, Some(0 | 130)), "{status:?}");
+        let placed = std::fs::remove_file(dir.join("zeros.pt")).is_ok();
+        assert!(placed || status == Some(130));
+        !placed
+    });
+    assert!(stopped);
+    assert_eq!(names(&dir), ["a.npy", "c", "zeros.npy"]);
     std::fs::remove_dir_all(&dir).unwrap();
 }
 

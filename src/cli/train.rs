@@ -18,7 +18,6 @@ use serde_json::{Value, json};
 use std::io::{Cursor, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -92,7 +91,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             other => return Err(args::usage(other.unexpected())),
         }
     }
-    let stop = stop_on_signals()?;
+    let stop = super::stop_on_signals()?;
     let acts = open(&asked)?;
     let out = asked.out.clone().unwrap_or_else(|| "checkpoints".into());
     let resumed = if asked.resume { Run::resume(&out)? } else { None };
@@ -133,18 +132,6 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         #[cfg(feature = "cuda")]
         Picked::Cuda(backend) => train(run, backend, &acts, &stop, &asked),
     }
-}
-
-/// SIGINT and SIGTERM set the flag; another one while it is set ends the program at once.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // The order matters: the first signal must not see the flag that it sets.
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .map_err(|e| Error::io("cannot listen to signals", e))?;
-    }
-    Ok(stop)
 }
 
 fn open(asked: &Asked) -> Result<Activations> {
