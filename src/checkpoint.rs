@@ -155,6 +155,12 @@ pub fn find(path: &Path) -> Result<Files> {
             }
             return Err(Error::usage(format!("its cfg is missing: no {cfg} beside it")).in_file(&files.weights));
         }
+        if let Some(&run) = versions(path)?.last() {
+            let run = version_dir(path, run);
+            return Err(
+                Error::usage(format!("holds runs, not a checkpoint; the newest is {}", run.display())).in_file(path)
+            );
+        }
         let names: Vec<String> = FOLDER_NAMES.iter().map(|[weights, cfg]| format!("{weights} with {cfg}")).collect();
         let what = format!("no checkpoint here: looked for N.pt with N_cfg.json, {}", names.join(", "));
         return Err(Error::usage(what).in_file(path));

@@ -170,6 +170,9 @@ fn messages_name_file_and_option() {
             }
         }
     }
+    std::fs::create_dir_all(dir.join("runs/version_10")).unwrap();
+    std::fs::create_dir(dir.join("runs/version_9")).unwrap();
+    refused(&dir, "report runs", "runs: holds runs, not a checkpoint; the newest is runs/version_10");
     refused(&dir, "report c --name one --out n.html", "--name: the crosscoder reads 2 models, found 1 names");
     std::fs::remove_dir_all(&dir).unwrap();
 }
