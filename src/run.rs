@@ -166,6 +166,11 @@ impl Run {
         self.lock.locked
     }
 
+    /// Whether the log of a run that goes on is gone, and another is begun.
+    pub fn lacks_log(&self) -> bool {
+        !self.state.finished && self.state.metrics_bytes > 0 && !self.dir.join(METRICS).exists()
+    }
+
     /// `out/version_K`
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -647,12 +652,14 @@ struct Log {
 }
 
 impl Log {
-    /// Opens the log and cuts it back to its first `bytes`.
+    /// Opens the log and cuts it back to its first `bytes`. One that is gone begins anew: a run does not need it.
     fn open(path: &Path, bytes: u64) -> Result<Self> {
         let io = |e| Error::io("cannot open for writing", e).in_file(path);
+        let bytes = if path.exists() { bytes } else { 0 };
         let found = path.metadata().map_or(0, |metadata| metadata.len());
         if found < bytes {
-            return Err(Error::format(format!("has {found} bytes; the run had written {bytes}")).in_file(path));
+            let what = format!("has {found} bytes; the run had written {bytes}; without the file, another is begun");
+            return Err(Error::format(what).in_file(path));
         }
         let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(io)?;
         file.set_len(bytes).map_err(io)?;

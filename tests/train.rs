@@ -171,6 +171,34 @@ fn a_run_stopped_anywhere_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn a_run_without_its_log_begins_another() {
+    let acts = activations(150, 6);
+    let (whole, parts) = (folder("whole-log"), folder("parts-log"));
+    train(Run::create(&whole, cfg(&[])).unwrap(), &acts, u64::MAX).unwrap();
+    train(Run::create(&parts, cfg(&[])).unwrap(), &acts, 17).unwrap();
+    let log = parts.join("version_0/metrics.jsonl");
+    std::fs::write(&log, "{").unwrap();
+    let error = train(Run::resume(&parts).unwrap().unwrap(), &acts, u64::MAX).err().unwrap().to_string();
+    assert!(error.contains("metrics.jsonl: has 1 bytes; the run had written "), "{error}");
+    std::fs::remove_file(&log).unwrap();
+    let run = Run::resume(&parts).unwrap().unwrap();
+    assert!(run.lacks_log());
+    train(run, &acts, u64::MAX).unwrap();
+    assert!(!Run::resume(&parts).unwrap().unwrap().lacks_log());
+    let [whole_files, mut part_files] = [&whole, &parts].map(|out| files(&out.join("version_0")));
+    let ours = part_files.insert("metrics.jsonl".into(), whole_files["metrics.jsonl"].clone()).unwrap();
+    assert!(!ours.is_empty() && whole_files["metrics.jsonl"].ends_with(&ours));
+    // The state tells the length of the log.
+    let [whole_state, part_state] = [&whole_files, &part_files].map(|files| files["resume.pt"].len());
+    assert_eq!(whole_state, part_state);
+    part_files.insert("resume.pt".into(), whole_files["resume.pt"].clone());
+    assert!(whole_files == part_files);
+    for out in [whole, parts] {
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+#[test]
 fn a_run_does_not_depend_on_the_threads() {
     // Large enough that the backend uses more than one.
     let acts = activations(600, 64);

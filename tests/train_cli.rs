@@ -470,6 +470,26 @@ fn what_a_run_takes_over_or_does_not_find_is_told() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_log_that_is_gone_is_told() {
+    let dir = folder("gone");
+    let out = dir.join("out");
+    let mut args = small_run(&dir, &out);
+    let mut child = crosscoder(&args).spawn().unwrap();
+    wait_for_checkpoint(&mut child, &out);
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    std::fs::remove_file(out.join("version_0/metrics.jsonl")).unwrap();
+    args.push("--resume".to_owned());
+    for say in ["version_0 has no metrics.jsonl any more: another is begun", ""] {
+        let output = crosscoder(&args).output().unwrap();
+        assert!(output.status.success() && stderr(&output).contains(say), "{}", stderr(&output));
+        assert_eq!(stderr(&output).is_empty(), say.is_empty());
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn whoever_stops_reading_finds_the_page_all_the_same() {
     let out = folder("page");
     let mut child = crosscoder(&["--out", &text(&out), "--num_tokens", "1280", "--dict_size", "32"]).spawn().unwrap();

@@ -123,6 +123,13 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         let what = "has no locks on this file system: nothing keeps another run from training into it";
         let _ = writeln!(std::io::stderr(), "warning: {} {what}", out.display());
     }
+    if run.lacks_log() {
+        let _ = writeln!(
+            std::io::stderr(),
+            "warning: {} has no metrics.jsonl any more: another is begun",
+            run.dir().display()
+        );
+    }
     let run = if asked.keep_going { run.keep_going() } else { run };
     match picked {
         Picked::Cpu(backend, _) => {
