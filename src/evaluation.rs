@@ -105,12 +105,12 @@ impl<'a> Batches<'a> {
 /// No rows, rows of another shape than the crosscoder's, those of reading.
 pub fn evaluate<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -> Result<Evaluation> {
     check(crosscoder, batches)?;
-    let width = batches.acts.width();
+    let (width, rows) = (batches.acts.width(), batches.len());
     let mut tape = Tape::new(crosscoder.backend().clone());
     let mut losses: Vec<(String, f64)> = Vec::new();
     batches.for_each::<B::Scalar>(|x| {
         let output = crosscoder.losses_on(&mut tape, x)?.output;
-        let weight = (x.len() / width) as f64 / batches.len() as f64;
+        let weight = (x.len() / width) as f64 / rows as f64;
         for (i, (name, value)) in output.named().into_iter().enumerate() {
             match losses.get_mut(i) {
                 Some((_, sum)) => *sum += weight * value,
@@ -119,7 +119,7 @@ pub fn evaluate<B: Backend>(crosscoder: &CrossCoder<B>, batches: &Batches<'_>) -
         }
         Ok(())
     })?;
-    Ok(Evaluation { rows: batches.len(), losses })
+    Ok(Evaluation { rows, losses })
 }
 
 /// How many latents are above zero on none of these rows.
