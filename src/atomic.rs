@@ -34,17 +34,20 @@ const STEM_BYTES: usize = 180;
 /// The temporary files of this process.
 static TEMPORARIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-fn temporaries() -> MutexGuard<'static, Vec<PathBuf>> {
-    TEMPORARIES.lock().unwrap_or_else(PoisonError::into_inner)
+/// Held while files that belong together are put into their places.
+static PLACING: Mutex<()> = Mutex::new(());
+
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Ends the process at once, as a signal does, but leaves none of its temporary files. What is being put into its place is
-/// there afterwards, whole, or is not.
-pub fn exit(status: i32) -> ! {
-    let files = temporaries();
+/// Removes the temporary files of this process, for one that is about to end, and waits until those that are being put into their
+/// places are there. Until what is returned is dropped, no other is made or placed.
+pub fn abandon() -> impl Sized {
+    let placing = held(&PLACING);
+    let files = held(&TEMPORARIES);
     files.iter().for_each(|path| drop(std::fs::remove_file(path)));
-    // The list stays locked, so that no other is made.
-    std::process::exit(status)
+    (placing, files)
 }
 
 /// A file that is written and synced, but not yet in its place. Dropped, it is removed.
@@ -145,7 +148,7 @@ pub fn stage(path: &Path, content: impl FnOnce(&mut Output) -> Result<()>) -> Re
     // A link stays, and what it leads to is replaced.
     let place = if path.is_symlink() { path.canonicalize().map_err(cannot)? } else { path.to_owned() };
     let temporary = temporary_for(&place)?;
-    let mut ours = temporaries();
+    let mut ours = held(&TEMPORARIES);
     let file = File::create_new(&temporary).map_err(cannot)?;
     ours.push(temporary.clone());
     drop(ours);
@@ -167,7 +170,13 @@ impl Staged {
     ///
     /// # Errors
     /// If the rename fails; the old file is still there then.
-    pub fn place(mut self) -> Result<()> {
+    pub fn place(self) -> Result<()> {
+        let _placing = held(&PLACING);
+        self.place_held()
+    }
+
+    /// [`Self::place`], while [`PLACING`] is held.
+    fn place_held(mut self) -> Result<()> {
         self.rename()?;
         sync_folder(&self.path)
     }
@@ -180,13 +189,26 @@ impl Staged {
     }
 }
 
+/// Places files one after the other; a process that [abandons](abandon) its files waits for all. `placed` hears of each.
+///
+/// # Errors
+/// As [`Staged::place`]; those before are in their places then.
+pub fn place_all<T>(files: impl IntoIterator<Item = (T, Staged)>, mut placed: impl FnMut(T)) -> Result<()> {
+    let _placing = held(&PLACING);
+    files.into_iter().try_for_each(|(what, file)| file.place_held().map(|()| placed(what)))
+}
+
 /// Places two files that belong together, the small one first. Whoever reads them meanwhile, or after a kill, finds the old pair,
 /// the new one, or no second file: where the small one changes, the old second one is renamed to `NAME.old` before. If the
-/// second cannot be placed, what was there is put back.
+/// second cannot be placed, what was there is put back. Of two processes that place pairs in a folder, one waits for the other.
 ///
 /// # Errors
 /// As [`Staged::place`]; both old files are still there then, or, if the last sync failed, both new ones.
 pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
+    let _placing = held(&PLACING);
+    // Where the file system has no locks, it goes without.
+    let folder = File::open(folder_of(&second.path)).ok();
+    let _locked = folder.as_ref().is_some_and(|folder| folder.lock().is_ok());
     let path = small.path.clone();
     let before = match std::fs::read(&path) {
         Ok(bytes) => Some(bytes),
@@ -196,13 +218,14 @@ pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
     let after = std::fs::read(&small.temporary).map_err(|e| Error::io("cannot read", e).in_file(&path))?;
     let old = if before.as_ref() == Some(&after) { None } else { set_aside(&second.path)? };
     let synced = if old.is_some() { sync_folder(&second.path) } else { Ok(()) };
-    if let Err(e) = synced.and_then(|()| small.place()).and_then(|()| second.rename()) {
+    if let Err(e) = synced.and_then(|()| small.place_held()).and_then(|()| second.rename()) {
         // Its bytes may be the ones that are missing on a full disk.
         let to = second.path.clone();
         drop(second);
         // What went wrong first is what is told.
         let _ = match before {
-            Some(bytes) => write(&path, |out| out.write_all(&bytes).map_err(|e| Error::io("cannot write", e))),
+            Some(bytes) => stage(&path, |out| out.write_all(&bytes).map_err(|e| Error::io("cannot write", e)))
+                .and_then(Staged::place_held),
             None => std::fs::remove_file(&path).map_err(|e| Error::io("cannot remove", e)),
         };
         if let Some(old) = old {
@@ -259,7 +282,7 @@ fn temporary_for(path: &Path) -> Result<PathBuf> {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        temporaries().retain(|path| *path != self.temporary);
+        held(&TEMPORARIES).retain(|path| *path != self.temporary);
         if !self.placed {
             let _ = std::fs::remove_file(&self.temporary);
         }
@@ -293,12 +316,13 @@ pub fn create_folders(folder: &Path) -> Result<()> {
     }
 }
 
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
+}
+
 /// Syncs the folder that holds `path`, so that what was renamed or made in it outlives a power failure.
 pub(crate) fn sync_folder(path: &Path) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
+    let folder = folder_of(path);
     // Only Unix lets a folder be opened and synced.
     if cfg!(unix) {
         match File::open(folder).and_then(|f| f.sync_all()) {

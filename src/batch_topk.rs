@@ -4,6 +4,7 @@
 //! acts[b,h] = v if v · n[h] > threshold, 0 otherwise,     v = relu(x · W_enc + b_enc)[b,h]
 //! ```
 //!
+//! computed in the weights' dtype, as the fork does: `n[h]` and the product are rounded to it, the threshold is not.
 //! `n[h]` is made of the decoder's norms, as the cfg key `code_normalization` says:
 //!
 //! | value | n\[h\] |

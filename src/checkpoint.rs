@@ -67,11 +67,73 @@ pub const FOLDER_NAMES: [[&str; 2]; 6] = [
     ["model.pt", "config.json"],
 ];
 
-/// The names that the cfg beside a weights file may have; the first is the one that is written.
+/// The names that the cfg beside a weights file may have, the first that is there first: `NAME_cfg.json`, `cfg.json`,
+/// `config.json`, the latter two the other way round where [`FOLDER_NAMES`] says so.
 pub fn cfg_names(weights: &Path) -> [OsString; 3] {
     let mut own = weights.file_stem().unwrap_or_default().to_owned();
     own.push("_cfg.json");
-    [own, "cfg.json".into(), "config.json".into()]
+    let others = match cfg_of_folder(weights) {
+        Some("config.json") => ["config.json", "cfg.json"],
+        _ => ["cfg.json", "config.json"],
+    };
+    let [first, second] = others.map(OsString::from);
+    [own, first, second]
+}
+
+/// What the cfg is called in a folder whose weights have this name, one of [`FOLDER_NAMES`].
+fn cfg_of_folder(weights: &Path) -> Option<&'static str> {
+    FOLDER_NAMES.iter().find(|[name, _]| weights.file_name().is_some_and(|n| n == *name)).map(|&[_, cfg]| cfg)
+}
+
+/// The cfg beside a weights file, `there` telling which files are there.
+fn cfg_beside(weights: &Path, there: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    cfg_names(weights).iter().map(|name| weights.with_file_name(name)).find(|cfg| there(cfg))
+}
+
+/// Whether anything is there, a link that leads nowhere too.
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Where the cfg of weights that are to be written goes: where the one is that they have if they are there, be it in a folder
+/// under one of [`FOLDER_NAMES`] or those of the checkpoint `from` itself; else beside them as `NAME_cfg.json`.
+pub fn files_for(weights: &Path, from: &Files) -> Files {
+    let [own, ..] = cfg_names(weights).map(|name| weights.with_file_name(name));
+    let is_from = || weights.canonicalize().is_ok_and(|path| from.weights.canonicalize().is_ok_and(|f| f == path));
+    let cfg = match cfg_of_folder(weights).map(|cfg| weights.with_file_name(cfg)) {
+        _ if is_there(&own) || !is_there(weights) => own,
+        _ if is_from() => from.cfg.clone(),
+        Some(paired) if is_there(&paired) => paired,
+        _ => own,
+    };
+    Files { weights: weights.to_owned(), cfg }
+}
+
+/// That writing `out` with this cfg leaves each other checkpoint in its folder the cfg that it has.
+///
+/// # Errors
+/// One that has its cfg there too, or would from then on.
+pub fn keeps_others(out: &Files, cfg: &Config) -> Result<()> {
+    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    let folder = out.weights.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    let cannot = |e| Error::io("cannot list the folder", e).in_file(folder);
+    for entry in std::fs::read_dir(folder).map_err(cannot)? {
+        let weights = out.weights.with_file_name(entry.map_err(cannot)?.file_name());
+        let is_weights = is_safetensors(&weights) || weights.extension().is_some_and(|e| e.eq_ignore_ascii_case("pt"));
+        if !is_weights || same(&weights, &out.weights) {
+            continue;
+        }
+        let then = cfg_beside(&weights, |cfg| is_there(cfg) || cfg == out.cfg);
+        let Some(now) = cfg_beside(&weights, is_there).filter(|_| then.as_deref() == Some(&*out.cfg)) else { continue };
+        let is_checkpoint =
+            || TensorFile::open(&weights).is_ok_and(|f| layouts::recognise(f.tensors()).is_ok_and(|l| l.is_some()));
+        if read_cfg(&now).is_ok_and(|now| now != *cfg) && is_checkpoint() {
+            let what =
+                format!("is the cfg of {} too, which would no longer fit; give OUT another name", weights.display());
+            return Err(Error::usage(what).in_file(&out.cfg));
+        }
+    }
+    Ok(())
 }
 
 /// The checkpoint `N` in a version directory: `N.pt` and `N_cfg.json`.
@@ -138,7 +200,7 @@ fn list(dir: &Path, number: impl Fn(&str) -> Option<&str>) -> Result<Vec<usize>>
 }
 
 /// The files of the checkpoint at `path`: a weights file with its cfg beside it, a version directory, whose newest checkpoint
-/// it is, or a directory with the two files of [`FOLDER_NAMES`].
+/// it is, or a directory with the two files of [`FOLDER_NAMES`], the cfg also as [`cfg_names`] says.
 ///
 /// # Errors
 /// If there is no checkpoint; the message names what was looked for.
@@ -148,15 +210,11 @@ pub fn find(path: &Path) -> Result<Files> {
             return Ok(numbered(path, newest));
         }
         let there = |[weights, _]: &&[&str; 2]| path.join(weights).is_file();
-        if let Some([weights, cfg]) = FOLDER_NAMES.iter().find(there) {
-            let files = Files { weights: path.join(weights), cfg: path.join(cfg) };
-            if files.cfg.symlink_metadata().is_ok() {
-                return Ok(files);
-            }
-            return Err(Error::usage(format!("its cfg is missing: no {cfg} beside it")).in_file(&files.weights));
+        if let Some([weights, _]) = FOLDER_NAMES.iter().find(there) {
+            return find(&path.join(weights));
         }
-        if let Some(&run) = versions(path)?.last() {
-            let run = version_dir(path, run);
+        let runs = versions(path)?.into_iter().rev().map(|run| version_dir(path, run));
+        if let Some(run) = runs.into_iter().find(|run| run.is_dir()) {
             return Err(
                 Error::usage(format!("holds runs, not a checkpoint; the newest is {}", run.display())).in_file(path)
             );
@@ -169,10 +227,10 @@ pub fn find(path: &Path) -> Result<Files> {
         let absent = e.kind() == std::io::ErrorKind::NotFound;
         return Err(Error::io(if absent { "no such checkpoint" } else { "cannot look at it" }, e).in_file(path));
     }
-    let names = cfg_names(path);
-    match names.iter().map(|name| path.with_file_name(name)).find(|cfg| cfg.symlink_metadata().is_ok()) {
+    match cfg_beside(path, is_there) {
         Some(cfg) => Ok(Files { weights: path.to_owned(), cfg }),
         None => {
+            let names = cfg_names(path);
             let names = names.each_ref().map(|name| name.to_string_lossy());
             let what = format!("its cfg is missing: none of {} is beside it", names.join(", "));
             Err(Error::usage(what).in_file(path))

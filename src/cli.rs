@@ -17,10 +17,11 @@ mod train;
 
 use crosscoder::atomic;
 use crosscoder::error::{Error, ErrorKind, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 const HELP: &str = "\
@@ -69,25 +70,47 @@ fn run() -> Result<ExitCode> {
 
 /// Runs a verb that writes files. SIGINT and SIGTERM end it as they otherwise would, but for what it was writing, which is removed.
 fn tidied(verb: fn(&mut lexopt::Parser) -> Result<ExitCode>, parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let stop = stop_on_signals()?;
-    // Where no thread can be started, nothing can be written either.
-    let _ = std::thread::Builder::new().spawn(move || {
-        while !stop.load(Ordering::Relaxed) {
-            std::thread::sleep(Duration::from_millis(10));
+    let came = Arc::new(AtomicUsize::new(0));
+    let watched = Arc::clone(&came);
+    let watch = move || loop {
+        match watched.load(Ordering::Relaxed) as i32 {
+            0 => std::thread::sleep(Duration::from_millis(10)),
+            signal => {
+                let _held = atomic::abandon();
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+                std::process::exit(128 + signal);
+            }
         }
-        atomic::exit(130)
-    });
+    };
+    // Where no thread can be started, nothing can be written either.
+    if std::thread::Builder::new().spawn(watch).is_ok() {
+        for signal in signals() {
+            signal_hook::flag::register_usize(signal, Arc::clone(&came), signal as usize).map_err(deaf)?;
+        }
+    }
     verb(parser)
+}
+
+/// SIGINT and SIGTERM, but what this process is to ignore: a shell starts `crosscoder … &` in a script so.
+fn signals() -> impl Iterator<Item = i32> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    let ignored = ignored.unwrap_or(0);
+    [SIGINT, SIGTERM].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
+}
+
+fn deaf(e: std::io::Error) -> Error {
+    Error::io("cannot listen to signals", e)
 }
 
 /// SIGINT and SIGTERM set the flag; another one while it is set ends the program at once.
 fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in signals() {
         // The order matters: the first signal must not see the flag that it sets.
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
             .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .map_err(|e| Error::io("cannot listen to signals", e))?;
+            .map_err(deaf)?;
     }
     Ok(stop)
 }

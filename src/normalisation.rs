@@ -28,8 +28,10 @@ use crate::activations::Activations;
 use crate::autodiff::Parameters;
 use crate::batch_topk::BatchTopK;
 use crate::buffer::HeldOut;
+use crate::checkpoint::cast_tensor;
 use crate::config::Config;
 use crate::crosscoder::{checked_shape, model_name};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::{Positions, Tensor, Values, element_count};
 use serde_json::Value;
@@ -80,12 +82,16 @@ pub fn estimate(
         }
         at = at.saturating_add(n);
     }
+    if count == 0 {
+        return Err(Error::shape("no row to train on is finite").at(acts.place(0)));
+    }
     let factor = |(m, sum): (usize, f64)| {
         let factor = (acts.d_in() as f64).sqrt() / (sum / count as f64);
         // Rows are multiplied in float32.
         if !(factor as f32).is_finite() || factor as f32 == 0.0 {
             let model = model_name(m, acts.n_models());
-            return Err(Error::shape(format!("model {model}'s rows have a mean norm of {}", sum / count as f64)));
+            let what = format!("from here on model {model}'s rows have a mean norm of {}", sum / count as f64);
+            return Err(Error::shape(what).at(acts.place(0)));
         }
         Ok(factor)
     };
@@ -107,7 +113,8 @@ pub fn scale_rows(factors: &[f32], d_in: usize, rows: &mut [f32]) {
 /// A key that holds no list of positive numbers.
 pub fn factors(cfg: &Config) -> Result<Option<Vec<f64>>> {
     let Some(value) = cfg.get(FACTOR_KEY) else { return Ok(None) };
-    let positive = |v: &Value| v.as_f64().filter(|&f| (f as f32).is_finite() && f > 0.0);
+    // Rows are multiplied in float32.
+    let positive = |v: &Value| v.as_f64().filter(|&f| (f as f32).is_finite() && f as f32 > 0.0);
     let numbers = value.as_array().map(|list| list.iter().map(positive));
     match numbers.and_then(|numbers| numbers.collect::<Option<Vec<f64>>>()) {
         Some(factors) => Ok(Some(factors)),
@@ -120,14 +127,23 @@ pub fn set_factors(cfg: &mut Config, factors: &[f64]) {
     cfg.set(FACTOR_KEY, factors.to_vec());
 }
 
-/// Folds the factors of the cfg into the weights, formulas above, computed in float64 and cast to the weights' dtype. The cfg
+/// [`fold_as`] in the weights' dtype.
+///
+/// # Errors
+/// As there.
+pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
+    let dtype = weights.w_enc.dtype();
+    fold_as(cfg, weights, dtype)
+}
+
+/// Folds the factors of the cfg into the weights, formulas above, computed in float64 and cast to `dtype`. The cfg
 /// then has the factors under [`FOLDED_KEY`], so that they cannot be folded twice; a threshold goes on meaning the decoder
 /// norms that it was trained with, see [`crate::batch_topk`].
 ///
 /// # Errors
 /// A cfg without factors, one whose factors are folded already, another number of factors than models; weights that contradict
 /// the cfg.
-pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<Tensor>> {
+pub fn fold_as(cfg: &mut Config, weights: Parameters<Tensor>, dtype: Dtype) -> Result<Parameters<Tensor>> {
     if cfg.get(FOLDED_KEY).is_some() {
         return Err(Error::usage(format!(
             "the factors are folded into these weights already (cfg key {FOLDED_KEY:?})"
@@ -144,10 +160,10 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
         )));
     }
     let folded = Parameters {
-        w_enc: per_model("W_enc", weights.w_enc, 0, &factors, |v, factor| v * factor)?,
-        w_dec: per_model("W_dec", weights.w_dec, 1, &factors, |v, factor| v / factor)?,
-        b_enc: weights.b_enc,
-        b_dec: per_model("b_dec", weights.b_dec, 0, &factors, |v, factor| v / factor)?,
+        w_enc: per_model("W_enc", weights.w_enc, 0, &factors, dtype, |v, factor| v * factor)?,
+        w_dec: per_model("W_dec", weights.w_dec, 1, &factors, dtype, |v, factor| v / factor)?,
+        b_enc: cast_tensor(weights.b_enc, dtype)?,
+        b_dec: per_model("b_dec", weights.b_dec, 0, &factors, dtype, |v, factor| v / factor)?,
     };
     if let Some(batch_topk) = BatchTopK::from_cfg(cfg, n_models)? {
         batch_topk.for_divided_decoder(&factors).set_in(cfg);
@@ -158,8 +174,15 @@ pub fn fold(cfg: &mut Config, weights: Parameters<Tensor>) -> Result<Parameters<
 }
 
 /// `f(v, factors[m])` for every element v, m its index in dimension `axis`; the layout stays.
-fn per_model(name: &str, tensor: Tensor, axis: usize, factors: &[f64], f: impl Fn(f64, f64) -> f64) -> Result<Tensor> {
-    let (shape, strides, dtype) = (tensor.shape().to_vec(), tensor.strides().to_vec(), tensor.dtype());
+fn per_model(
+    name: &str,
+    tensor: Tensor,
+    axis: usize,
+    factors: &[f64],
+    dtype: Dtype,
+    f: impl Fn(f64, f64) -> f64,
+) -> Result<Tensor> {
+    let (shape, strides) = (tensor.shape().to_vec(), tensor.strides().to_vec());
     let inner = match shape.get(axis..) {
         Some([models, inner @ ..]) if *models == factors.len() => element_count(inner).unwrap_or(0),
         _ => {

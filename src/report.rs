@@ -443,6 +443,18 @@ mod tests {
     }
 
     #[test]
+    fn a_row_of_a_large_set_keeps_its_number() {
+        for (row, bytes) in [(5, 3), ((1 << 24) - 2, 3), ((1 << 24) - 1, 6), (1 << 40, 6)] {
+            // Six rows of a set were looked at, of which one is far behind.
+            let mut report = report(2);
+            let stats = report.activations.as_mut().unwrap();
+            let top = stats.latents.iter_mut().find_map(|latent| latent.top.first_mut());
+            top.unwrap().row = row;
+            assert!(report.to_html().contains(&format!("\"type\":\"rows\",\"bytes\":{bytes},")), "{row}");
+        }
+    }
+
+    #[test]
     fn histograms_count_every_latent_once() {
         let report = report(2);
         let json: Value = serde_json::from_str(&report.to_json()).unwrap();

@@ -243,7 +243,7 @@ impl Run {
         set_factors(trainer.cfg_mut(), &factors);
         let mut buffer = Buffer::from_cfg(acts, &cfg, &factors)?;
         if let Some(state) = self.state.buffer.take()
-            && !buffer.restore(state, stop)?
+            && !buffer.restore(state, stop).map_err(|e| e.in_file(&self.dir.join(RESUME)))?
         {
             return Ok(trainer.into_crosscoder());
         }
@@ -306,14 +306,14 @@ impl Run {
     /// The trainer where the state left it.
     fn trainer<B: Backend<Scalar = f32>>(&mut self, backend: B, acts: &Activations) -> Result<Trainer<B>> {
         let cfg = &self.state.cfg;
+        // A process that finds this out later is ended by the system, without a word. A device holds the rest itself.
+        check_memory(cfg, acts, if B::AHEAD { 1 } else { 4 })?;
         let Some(number) = self.state.checkpoint else {
             let sizes = (cfg.dict_size()?, acts.n_models(), acts.d_in());
             if sizes.2 != cfg.d_in()? {
                 return Err(Error::shape(format!("the activations have d_in {}, the cfg {}", sizes.2, cfg.d_in()?)));
             }
             let norm = cfg.number("dec_init_norm")?;
-            // A process that finds this out later is ended by the system, without a word.
-            check_memory::<B>(sizes)?;
             let weights = initial_weights(cfg.seed()?, sizes.0, sizes.1, sizes.2, cfg.enc_dtype()?, norm)?;
             return Trainer::new(CrossCoder::from_tensors(backend, cfg.clone(), weights)?);
         };
@@ -327,8 +327,15 @@ impl Run {
             }
         };
         let trainer = Trainer::new(CrossCoder::from_tensors(backend, cfg.clone(), weights)?)?;
+        let total_steps = trainer.schedule().total_steps;
+        let resume = self.dir.join(RESUME);
+        if self.state.step > total_steps || self.state.finished != (self.state.step == total_steps) {
+            let said = if self.state.finished { "over" } else { "not over" };
+            let what = format!("is of a run that is {said} at step {} of {total_steps}", self.state.step);
+            return Err(Error::format(what).in_file(&resume));
+        }
         match self.state.moments.take() {
-            Some(moments) => trainer.resumed(self.state.step, moments),
+            Some(moments) => trainer.resumed(self.state.step, moments).map_err(|e| e.in_file(&resume)),
             None => Ok(trainer),
         }
     }
@@ -386,16 +393,15 @@ impl Run {
     }
 }
 
-/// That memory holds W_enc and W_dec and, unless a device does, their gradients and both moments.
-fn check_memory<B: Backend>((d_hidden, n_models, d_in): (usize, usize, usize)) -> Result<()> {
-    let copies = if B::AHEAD { 1 } else { 4 };
+/// That memory holds W_enc and W_dec `copies` times: with their gradients and both moments, four.
+fn check_memory(cfg: &Config, acts: &Activations, copies: usize) -> Result<()> {
+    let (d_hidden, n_models, d_in) = (cfg.dict_size()?, acts.n_models(), acts.d_in());
     let elements = [2, n_models, d_in, copies].iter().fold(d_hidden, |n, &m| n.saturating_mul(m));
     // Otherwise the compiler takes an allocation that nobody uses for one that succeeds.
     let mut room = std::hint::black_box(Vec::<f32>::new());
     room.try_reserve_exact(elements).map_err(|e| {
         let bytes = elements.saturating_mul(size_of::<f32>());
-        let what =
-            format!("weights [{d_hidden}, {n_models}, {d_in}], gradients and moments need {bytes} bytes of memory");
+        let what = format!("training weights [{d_hidden}, {n_models}, {d_in}] needs {bytes} bytes of memory at least");
         Error::config(what).with_source(e)
     })
 }
@@ -533,7 +539,7 @@ pub fn check(cfg: &Config, acts: &Activations) -> Result<()> {
         let what = format!("the cfg is for {n_models} models of d_in {}; the activations are", cfg.d_in()?);
         return Err(Error::shape(format!("{what} [n, {}, {}]", acts.n_models(), acts.d_in())).at(acts.place(0)));
     }
-    Ok(())
+    check_memory(cfg, acts, 1)
 }
 
 /// A run goes on with the cfg that it began with. One that was changed beside a checkpoint would not be what it was trained with.

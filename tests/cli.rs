@@ -1,6 +1,7 @@
 //! What the verbs beside `train` do with their options and outputs.
 #![cfg(feature = "cli")]
 
+use crosscoder::files::TensorFile;
 use crosscoder::{Config, CrossCoder, Tensor, Values, checkpoint, npy};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -94,16 +95,132 @@ fn what_is_read_is_not_replaced() {
     std::fs::create_dir(dir.join("acts")).unwrap();
     save(&dir.join("acts/1.npy"), &[8, 2, 4]);
     refused(&dir, "report c acts --csv acts/1.npy --force", "acts/1.npy: is read here");
+    save(&dir.join("acts/activation.svg"), &[8, 2, 4]);
+    refused(&dir, "report c acts/activation.svg --svg acts --force", "acts/activation.svg: is read here");
     refused(&dir, "report c --json c/../c/0_cfg.json --force", "is read here");
     std::fs::write(dir.join("c/metrics.jsonl"), "{\"step\": 1, \"loss\": 2}\n").unwrap();
     refused(&dir, "report c --csv c/metrics.jsonl --force", "is read here");
     assert_eq!(bytes(), before);
     assert_eq!(run(&dir, "convert c c/0.safetensors --force").0, 0);
     assert_eq!(bytes(), before);
-    // In place, both are new.
+    // In place, both are new. The cfg is that of the other weights, too.
+    refused(&dir, "convert c/0.pt c/0.pt --fold --force", "0_cfg.json: is the cfg of c/0.safetensors too");
+    std::fs::remove_file(dir.join("c/0.safetensors")).unwrap();
     let (status, _, stderr) = run(&dir, "convert c/0.pt c/0.pt --fold --force");
     assert_eq!(status, 0, "{stderr}");
     assert!(bytes()[0] != before[0] && bytes()[1] != before[1]);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// Activations `a.npy` and a checkpoint that takes them times 0.5 and 4.
+fn with_factors(name: &str) -> PathBuf {
+    let dir = folder(name, 64);
+    let cfg = dir.join("c/0_cfg.json");
+    let mut factors = checkpoint::read_cfg(&cfg).unwrap();
+    factors.set("normalisation_factor", vec![0.5, 4.0]);
+    std::fs::write(&cfg, factors.to_json()).unwrap();
+    dir
+}
+
+/// Copies the checkpoint to a folder under these names.
+fn publish(dir: &Path, folder: &str, weights: &str, cfg: &str) {
+    std::fs::create_dir(dir.join(folder)).unwrap();
+    std::fs::copy(dir.join("c/0.pt"), dir.join(folder).join(weights)).unwrap();
+    std::fs::copy(dir.join("c/0_cfg.json"), dir.join(folder).join(cfg)).unwrap();
+}
+
+#[test]
+fn no_checkpoint_gets_the_cfg_of_another() {
+    let dir = with_factors("cfgs");
+    let eval = |of: &str| run(&dir, &format!("eval {of} a.npy"));
+    let latents = |of: &str| {
+        let _ = std::fs::remove_file(dir.join("l.pt"));
+        let (status, _, stderr) = run(&dir, &format!("encode {of} a.npy --out l.pt"));
+        assert_eq!(status, 0, "{stderr}");
+        let mut file = TensorFile::open(dir.join("l.pt")).unwrap();
+        let values = file.index_of("values").unwrap();
+        file.read(values).unwrap().to_f64_vec()
+    };
+    let same = |a: &[f64], b: &[f64]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+    let before = latents("c");
+    // OUT's cfg would come before that of the same name with another ending.
+    publish(&dir, "m", "model.pt", "config.json");
+    refused(&dir, "convert m m/model.safetensors --fold", "model_cfg.json: is the cfg of m/model.pt too");
+    refused(&dir, "convert c m/model.safetensors --dtype bf16", "model_cfg.json: is the cfg of m/model.pt too");
+    assert_eq!(names(&dir.join("m")), ["config.json", "model.pt"]);
+    // Another checkpoint's, not IN's.
+    publish(&dir, "o", "1.pt", "1_cfg.json");
+    refused(&dir, "convert c o/1.safetensors --fold --force", "1_cfg.json: is the cfg of o/1.pt too");
+    // In place, and over a published one: its cfg is replaced, however the checkpoint is called.
+    publish(&dir, "p", "cc_weights.pt", "cfg.json");
+    assert_eq!(run(&dir, "convert p p/cc_weights.pt --fold --force").0, 0);
+    publish(&dir, "q", "model.pt", "config.json");
+    std::fs::write(dir.join("q/cfg.json"), "{}").unwrap();
+    assert_eq!(run(&dir, "convert p q/model.pt --force").0, 0);
+    assert_eq!(run(&dir, "convert p new.pt").0, 0);
+    for (folder, weights) in [("p", "cc_weights.pt"), ("q", "model.pt")] {
+        let [a, b] = [folder.to_owned(), format!("{folder}/{weights}")].map(|of| (eval(&of), latents(&of)));
+        assert!(a == b && same(&a.1, &before), "{a:?} {b:?}");
+    }
+    assert_eq!((names(&dir.join("p")).len(), names(&dir.join("q")).len()), (2, 3));
+    // A new folder's is found too.
+    std::fs::create_dir(dir.join("n")).unwrap();
+    assert_eq!(run(&dir, "convert p n/cc_weights.pt").0, 0);
+    assert!(same(&latents("n"), &before) && same(&latents("n/cc_weights.pt"), &before));
+    // Other weights of a cfg that several share.
+    publish(&dir, "s", "cc_weights.pt", "cfg.json");
+    std::fs::copy(dir.join("c/0.pt"), dir.join("s/other.pt")).unwrap();
+    refused(&dir, "convert s s/cc_weights.pt --fold --force", "cfg.json: is the cfg of s/other.pt too");
+    assert!(same(&latents("s"), &before) && same(&latents("s/other.pt"), &before));
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("../c/0.pt", dir.join("o/link.pt")).unwrap();
+        refused(&dir, "convert c o/link.pt --fold --force", "o/link.pt: is a link");
+        std::os::unix::fs::symlink("1_cfg.json", dir.join("o/2_cfg.json")).unwrap();
+        refused(&dir, "convert c o/2.pt --fold --force", "o/2_cfg.json: is a link");
+        assert!(same(&latents("c"), &before) && same(&latents("o/1.pt"), &before));
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn what_is_folded_is_rounded_once_and_what_becomes_infinite_is_told() {
+    let dir = with_factors("folded");
+    assert_eq!(run(&dir, "convert c half.pt --dtype bf16").0, 0);
+    let mut cfg = checkpoint::read_cfg(&dir.join("half_cfg.json")).unwrap();
+    cfg.set("normalisation_factor", vec![1.7, 0.6]);
+    std::fs::write(dir.join("half_cfg.json"), cfg.to_json()).unwrap();
+    assert_eq!(run(&dir, "convert half.pt full.pt --fold --dtype fp32").0, 0);
+    let read = |name: &str| checkpoint::read(&checkpoint::find(&dir.join(name)).unwrap()).unwrap().1.w_enc.to_f64_vec();
+    let (half, full) = (read("half.pt"), read("full.pt"));
+    let model = half.len() / 2;
+    for (i, (half, full)) in half.iter().zip(&full).enumerate() {
+        assert_eq!((half * [1.7, 0.6][i / model]) as f32, *full as f32);
+    }
+    cfg.set("normalisation_factor", vec![1e-38, 1.0]);
+    std::fs::write(dir.join("half_cfg.json"), cfg.to_json()).unwrap();
+    let (status, _, stderr) = run(&dir, "convert half.pt large.pt --fold --dtype fp16");
+    assert!(status == 0 && stderr.contains("values too large for float16 are infinite"), "{stderr}");
+    for none in [[1e-46, 1.0], [1.0, 1e-310]] {
+        cfg.set("normalisation_factor", none.to_vec());
+        std::fs::write(dir.join("half_cfg.json"), cfg.to_json()).unwrap();
+        let (status, _, stderr) = run(&dir, "eval half.pt a.npy");
+        assert!(status == 1 && stderr.contains("needs a list of positive numbers"), "{stderr}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_latent_that_is_not_finite_is_an_error() {
+    let dir = folder("infinite", 8);
+    assert_eq!(run(&dir, "convert c h.pt --dtype fp16").0, 0);
+    let mut values = vec![1.0; 3 * 2 * 4];
+    values[2 * 4..2 * 2 * 4].fill(1e5);
+    let rows = Tensor::new(vec![3, 2, 4], Values::F32(values)).unwrap();
+    npy::write(std::fs::File::create(dir.join("large.npy")).unwrap(), &rows).unwrap();
+    let (status, _, stderr) = run(&dir, "encode h.pt large.npy --out o.pt");
+    assert!(status == 1 && stderr.contains("large.npy, row 1: latent "), "{stderr}");
+    assert!(stderr.contains("computed in float16") && !dir.join("o.pt").exists(), "{stderr}");
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
@@ -153,6 +270,18 @@ fn messages_name_file_and_option() {
     let (status, _, stderr) = run(&dir, "eval c b.npy");
     let say = "b.npy, row 0: the activations are [n, 3, 4]; the crosscoder needs [n, 2, 4]";
     assert!(status == 1 && stderr.contains(say), "{stderr}");
+    for option in ["--rows 3", "--top-rows 3", "--batch-size 3", "--raw"] {
+        refused(&dir, &format!("report c {option}"), "is about ACTS, and there are none");
+    }
+    refused(&dir, "report c a.npy --rows -1", "--rows needs an integer of 0 or more, found '-1'");
+    save(&dir.join("flat.npy"), &[3, 4]);
+    let (_, _, stderr) = run(&dir, "eval c flat.npy");
+    assert!(stderr.contains("flat.npy: has shape [3, 4]; activations are"), "{stderr}");
+    let typed = std::fs::read_to_string(dir.join("c/0_cfg.json")).unwrap();
+    std::fs::write(dir.join("c/0_cfg.json"), typed.replace("\"batch_size\": 4096", "\"batch_size\": \"x\"")).unwrap();
+    let (status, _, stderr) = run(&dir, "eval c a.npy");
+    assert!(status == 1 && stderr.contains("c/0_cfg.json: cfg key \"batch_size\" needs an integer"), "{stderr}");
+    std::fs::write(dir.join("c/0_cfg.json"), typed).unwrap();
     // A factor that is no number, one too many: the cfg is named.
     let cfg = dir.join("c/0_cfg.json");
     for (factors, say) in
@@ -193,13 +322,20 @@ fn a_signal_leaves_no_temporary_file() {
         let mut child = convert.args(["convert", "zeros.npy", "zeros.pt"]).current_dir(&dir).spawn().unwrap();
         while !temporary() && child.try_wait().unwrap().is_none() {}
         let _ = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-        let status = child.wait().unwrap().code();
-        assert!(!temporary() && matches!(status, Some(0 | 130)), "{status:?}");
+        let status = child.wait().unwrap();
+        let interrupted = std::os::unix::process::ExitStatusExt::signal(&status) == Some(2);
+        assert!(!temporary() && (status.success() || interrupted), "{status:?}");
         let placed = std::fs::remove_file(dir.join("zeros.pt")).is_ok();
-        assert!(placed || status == Some(130));
+        assert!(placed || interrupted);
         !placed
     });
     assert!(stopped);
+    // A shell has what it starts in the background of a script ignore SIGINT.
+    let script = "trap '' INT; \"$@\" & p=$!; sleep 0.02; kill -INT $p; wait $p";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_crosscoder"), "convert", "zeros.npy", "zeros.pt"]);
+    assert!(command.current_dir(&dir).status().unwrap().success());
+    std::fs::remove_file(dir.join("zeros.pt")).unwrap();
     assert_eq!(names(&dir), ["a.npy", "c", "zeros.npy"]);
     std::fs::remove_dir_all(&dir).unwrap();
 }

@@ -334,10 +334,10 @@ fn bad_activations_are_told_before_the_first_step() {
         (vec![in_dir("empty")], "holds no .pt, .npy or .safetensors file"),
         (vec![save("four.npy", &[3, 2, 2, 2])], "has shape [3, 2, 2, 2]"),
         (vec![save("none.npy", &[0, 2, 8])], "has no rows"),
-        (vec![save("alone.npy", &[30, 8])], "alone.npy: has shape [n, d_in]"),
+        (vec![save("alone.npy", &[30, 8])], "alone.npy: has shape [30, 8]"),
         (vec![save("a.npy", &[30, 8]), save("b.npy", &[31, 8])], "they must be equal"),
         (vec![good.clone(), save("wide.npy", &[30, 2, 9])], "all parts must be alike"),
-        (vec![good.clone(), save("flat.npy", &[30, 8])], "flat.npy: has shape [n, d_in]"),
+        (vec![good.clone(), save("flat.npy", &[30, 8])], "flat.npy: has shape [30, 8]"),
         (vec![in_dir("poisoned.npy")], "poisoned.npy, row 123: model B, element 1: inf is not finite"),
         (vec![good.clone(), "--d_in".to_owned(), "9".to_owned()], "cfg key \"d_in\" is 9; the activations have 8"),
         (vec![good.clone(), "--batch_size".to_owned(), "400".to_owned()], "batch_size is 400"),
@@ -527,9 +527,10 @@ fn a_run_beyond_memory_is_refused() {
     for dict_size in [1u64 << 45, 1 << 58, 1 << 62] {
         let args = [&text(&acts), "--out", &text(&dir), "--batch_size", "3", "--dict_size", &dict_size.to_string()];
         let output = run(&args);
-        let say = format!("weights [{dict_size}, 2, 4], gradients and moments need ");
+        let say = format!("training weights [{dict_size}, 2, 4] needs ");
         assert_eq!(output.status.code(), Some(1));
         assert!(stderr(&output).contains(&say), "{}", stderr(&output));
+        assert!(!dir.join("version_0").exists());
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }

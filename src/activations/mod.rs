@@ -112,9 +112,11 @@ impl Activations {
             }
             _ => {
                 let odd = opened.iter().find(|f| f.shape().len() == 2);
-                let odd = odd.map(|f| f.name()).unwrap_or_default();
-                let what = "has shape [n, d_in]; activations are files [n, n_models, d_in], or one file [n, d_in] for each \
-                            of two models or more";
+                let (odd, found) = odd.map(|f| (f.name(), f.shape().to_vec())).unwrap_or_default();
+                let what = format!(
+                    "has shape {found:?}; activations are files [n, n_models, d_in], or one file [n, d_in] for each \
+                            of two models or more"
+                );
                 return Err(Error::shape(what).at(odd));
             }
         };

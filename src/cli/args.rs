@@ -4,7 +4,7 @@ use super::download;
 use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::error::{Error, Result};
 use crosscoder::sparse;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -34,6 +34,12 @@ pub(crate) fn utf8(value: OsString) -> Result<String> {
 pub(crate) fn number<T: std::str::FromStr>(parser: &mut lexopt::Parser, option: &str) -> Result<T> {
     let text = text(parser)?;
     text.parse().map_err(|_| Error::usage(format!("--{option} needs a number, found '{text}'")))
+}
+
+/// The value of an option that is an integer of 0 or more.
+pub(crate) fn count(parser: &mut lexopt::Parser, option: &str) -> Result<usize> {
+    let text = text(parser)?;
+    text.parse().map_err(|_| Error::usage(format!("--{option} needs an integer of 0 or more, found '{text}'")))
 }
 
 /// The value of an option that is an integer of 1 or more.
@@ -117,11 +123,8 @@ pub(crate) fn place(path: &Path) -> PathBuf {
 }
 
 /// That no output is an input.
-pub(crate) fn keep<'a>(
-    inputs: impl IntoIterator<Item = &'a Path>,
-    outputs: impl IntoIterator<Item = &'a Path>,
-) -> Result<()> {
-    let kept: Vec<PathBuf> = inputs.into_iter().map(place).collect();
+pub(crate) fn keep<'a>(inputs: &[PathBuf], outputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    let kept: HashSet<PathBuf> = inputs.iter().map(|path| place(path)).collect();
     match outputs.into_iter().find(|path| kept.contains(&place(path))) {
         Some(path) => Err(Error::usage("is read here; it is not replaced").in_file(path)),
         None => Ok(()),

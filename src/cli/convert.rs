@@ -24,7 +24,7 @@ Converts between .pt and .safetensors, by the name of OUT. IN is a checkpoint (a
 cfg beside it, a folder with both, hf://OWNER/REPO[@REVISION][/PATH]) or any .pt, .safetensors or .npy file of tensors.
 
 A checkpoint becomes one of the original's layout: W_enc with the original's strides in a .pt, the cfg beside OUT as
-NAME_cfg.json, its enc_dtype that of the weights. Layouts that are read: the original's; the dictionary_learning fork's
+NAME_cfg.json (where OUT and another cfg of its own are there, in that one), its enc_dtype that of the weights. Layouts that are read: the original's; the dictionary_learning fork's
 (CrossCoder, BatchTopKCrossCoder), its activation normalisation folded into the weights; Neel Nanda's; one tensor for each
 model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg, which the Python original ignores. Of other files the tensors
 are kept by their names, and the metadata of a .safetensors in another. Whatever else a file holds beside tensors (plain values in
@@ -34,7 +34,7 @@ a .pt, metadata) is left out, and named on stderr.
              infinite, which is told on stderr
   --fold     folds the factors that activations were multiplied with in training (cfg key normalisation_factor) into the
              weights, which then take activations as they are
-  --force    replaces OUT and its cfg if they are there, but not a cfg that IN would still need as it is
+  --force    replaces OUT and its cfg if they are there, but no link and no cfg that other weights there need as it is
 ";
 
 pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -72,15 +72,15 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 }
 
 fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool, force: bool) -> Result<()> {
-    let [cfg, ..] = checkpoint::cfg_names(to);
-    let out = Files { weights: to.to_owned(), cfg: to.with_file_name(cfg) };
-    args::may_write(&out.weights, force)?;
-    args::may_write(&out.cfg, force)?;
-    let (mut cfg, mut weights) = checkpoint::read(files)?;
-    let before = cfg.clone();
-    if fold {
-        weights = normalisation::fold(&mut cfg, weights).map_err(|e| e.in_file(&files.cfg))?;
+    let out = checkpoint::files_for(to, files);
+    for path in [&out.weights, &out.cfg] {
+        args::may_write(path, force)?;
+        if path.is_symlink() {
+            // The other file of what it leads to would no longer fit.
+            return Err(Error::usage("is a link; give the name of the file that it leads to").in_file(path));
+        }
     }
+    let (mut cfg, mut weights) = checkpoint::read(files)?;
     let file = TensorFile::open(&files.weights)?;
     let dtype = match dtype {
         Some(dtype) => dtype,
@@ -96,13 +96,11 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool
         }
     };
     cfg.set("enc_dtype", dtype.enc_name().unwrap_or_default());
-    let stays = args::place(&files.weights) != args::place(&out.weights);
-    if stays && args::place(&files.cfg) == args::place(&out.cfg) && cfg != before {
-        let what =
-            format!("is the cfg of {} too, which would no longer fit; give OUT another name", files.weights.display());
-        return Err(Error::usage(what).in_file(&out.cfg));
-    }
     let before = weights.each().map(infinite);
+    if fold {
+        weights = normalisation::fold_as(&mut cfg, weights, dtype).map_err(|e| e.in_file(&files.cfg))?;
+    }
+    checkpoint::keeps_others(&out, &cfg)?;
     let tensors = checkpoint::cast(weights, dtype)?;
     for ((name, tensor), before) in PARAMETER_NAMES.iter().zip(tensors.each()).zip(before) {
         tell_infinite(name, before, tensor);

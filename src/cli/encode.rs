@@ -7,7 +7,7 @@ use crosscoder::activations::Activations;
 use crosscoder::atomic;
 use crosscoder::backend::Backend;
 use crosscoder::checkpoint::{Files, is_safetensors};
-use crosscoder::error::{Error, Result};
+use crosscoder::error::{Error, ErrorKind, Result};
 use crosscoder::evaluation::Batches;
 use crosscoder::pt::{self, Save, TensorSource};
 use crosscoder::{CrossCoder, Tensor, Values, safetensors};
@@ -89,6 +89,10 @@ fn latents<B: Backend<Scalar = f32>>(
         crosscoder.encode_into(x, true, &mut dense)?;
         for row in dense.chunks_exact(d_hidden) {
             for (h, &v) in row.iter().enumerate().filter(|&(_, &v)| v != 0.0) {
+                if !v.is_finite() {
+                    let what = format!("latent {h} is {v}, computed in {}", crosscoder.dtype());
+                    return Err(Error::new(ErrorKind::NonFinite, what).at(acts.place(starts.len() - 1)));
+                }
                 columns.push(h as i64);
                 values.push(v);
             }

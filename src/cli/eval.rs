@@ -20,7 +20,7 @@ The losses of the original's get_losses over activations, by name: means over al
 CHECKPOINT: a version directory (its newest checkpoint), a weights file with its cfg beside it, a folder with both, or
 hf://OWNER/REPO[@REVISION][/PATH].
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or a file [n, d_in] for each model, A's first, or a
-directory of them.
+directory of them, in the order of their names: 10.npy before 2.npy.
 
 Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
 
@@ -53,7 +53,7 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let evaluation = with_backend!(picked, |backend| {
         let crosscoder = checkpoint.on(backend)?;
         let factors = factors(&crosscoder, &files, raw)?;
-        let batch_size = batch_size.unwrap_or_else(|| default_batch_size(&crosscoder));
+        let batch_size = batch_size.map_or_else(|| default_batch_size(&crosscoder, &files), Ok)?;
         evaluate(&crosscoder, &Batches::new(&acts, 0..acts.rows(), batch_size, &factors))?
     });
     if json {
@@ -70,8 +70,12 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 }
 
 /// Rows at a time where `--batch-size` is not given.
-pub(crate) fn default_batch_size<B: Backend>(crosscoder: &CrossCoder<B>) -> usize {
-    crosscoder.cfg().size("batch_size").unwrap_or(4096).min(4096)
+pub(crate) fn default_batch_size<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files) -> Result<usize> {
+    const MOST: usize = 4096;
+    match crosscoder.cfg().get("batch_size") {
+        None | Some(serde_json::Value::Null) => Ok(MOST),
+        Some(_) => Ok(crosscoder.cfg().size("batch_size").map_err(|e| e.in_file(&files.cfg))?.min(MOST)),
+    }
 }
 
 /// One factor for each model: those of the checkpoint, or 1.

@@ -27,7 +27,7 @@ artifacts of the l1 penalty.
 CHECKPOINT: a version directory (its newest checkpoint), a weights file with its cfg beside it, a folder with both, or
 hf://OWNER/REPO[@REVISION][/PATH].
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], or a file [n, d_in] for each model, A's first, or a
-directory of them.
+directory of them, in the order of their names: 10.npy before 2.npy.
 
 Rows are multiplied with the normalisation factors that the checkpoint was trained with, if its cfg has them.
 
@@ -91,8 +91,8 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("name") => asked.names.push(args::text(parser)?),
             Long("low") => asked.low = Some(args::number(parser, "low")?),
             Long("high") => asked.high = Some(args::number(parser, "high")?),
-            Long("top-rows") => asked.top_rows = Some(args::number(parser, "top-rows")?),
-            Long("rows") => asked.rows = Some(args::number(parser, "rows")?),
+            Long("top-rows") => asked.top_rows = Some(args::count(parser, "top-rows")?),
+            Long("rows") => asked.rows = Some(args::count(parser, "rows")?),
             Long("batch-size") => asked.batch_size = Some(args::positive(parser, "batch-size")?),
             Long("device") => asked.device = Some(args::text(parser)?),
             Long("help") | Short('h') => return args::help(HELP),
@@ -125,15 +125,31 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 fn make(asked: &Asked) -> Result<()> {
     args::may_write_all(asked.files(), asked.force)?;
     let files = args::checkpoint(&asked.paths[0])?;
+    let of_acts = [
+        ("--rows", asked.rows.is_some()),
+        ("--top-rows", asked.top_rows.is_some()),
+        ("--batch-size", asked.batch_size.is_some()),
+        ("--raw", asked.raw),
+    ];
+    if let (Some((option, _)), [_]) = (of_acts.iter().find(|(_, given)| *given), &asked.paths[..]) {
+        return Err(Error::usage(format!("{option} is about ACTS, and there are none")));
+    }
     let log = beside(&files);
     let inputs = [&files.weights, &files.cfg, &log].into_iter().chain(&asked.paths[1..]).chain(&asked.metrics);
-    args::keep(inputs.map(PathBuf::as_path), asked.files())?;
+    let mut inputs: Vec<PathBuf> = inputs.cloned().collect();
+    args::keep(&inputs, asked.files())?;
     let (checkpoint, picked) = device::Checkpoint::read(&files, asked.device.as_deref().unwrap_or(device::DEFAULT))?;
-    let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, asked))?;
-    write(&report, asked)
+    let report = with_backend!(picked, |backend| report(&checkpoint.on(backend)?, &files, asked, &mut inputs))?;
+    write(&report, asked, &inputs)
 }
 
-fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) -> Result<Report> {
+/// The report; `inputs` gets the files of activations that it is made of.
+fn report<B: Backend>(
+    crosscoder: &CrossCoder<B>,
+    files: &Files,
+    asked: &Asked,
+    inputs: &mut Vec<PathBuf>,
+) -> Result<Report> {
     let thresholds = Thresholds::default();
     let thresholds = Thresholds::new(asked.low.unwrap_or(thresholds.low()), asked.high.unwrap_or(thresholds.high()))?;
     let norms = DecoderNorms::of(crosscoder)?;
@@ -149,10 +165,16 @@ fn report<B: Backend>(crosscoder: &CrossCoder<B>, files: &Files, asked: &Asked) 
     let paths = &asked.paths[1..];
     if !paths.is_empty() {
         let acts = Activations::open(paths)?;
-        args::keep(acts.files(), asked.files())?;
-        let stats = stats(crosscoder, files, &norms, &acts, asked)?;
+        inputs.extend(acts.files().map(Path::to_owned));
+        args::keep(&*inputs, asked.files())?;
+        let factors = eval::factors(crosscoder, files, asked.raw)?;
+        let stats = stats(crosscoder, files, &factors, &norms, &acts, asked)?;
         let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
-        report = report.with_activations(stats, names.join(", "));
+        let times = match factors.iter().any(|&factor| factor != 1.0) {
+            true => format!(", times {factors:?}"),
+            false => String::new(),
+        };
+        report = report.with_activations(stats, names.join(", ") + &times);
     }
     Ok(report)
 }
@@ -179,14 +201,14 @@ fn training_log(files: &Files, asked: &Asked) -> Result<Option<TrainingLog>> {
 fn stats<B: Backend>(
     crosscoder: &CrossCoder<B>,
     files: &Files,
+    factors: &[f64],
     norms: &DecoderNorms,
     acts: &Activations,
     asked: &Asked,
 ) -> Result<ActivationStats> {
-    let factors = eval::factors(crosscoder, files, asked.raw)?;
-    let batch_size = asked.batch_size.unwrap_or_else(|| eval::default_batch_size(crosscoder));
+    let batch_size = asked.batch_size.map_or_else(|| eval::default_batch_size(crosscoder, files), Ok)?;
     let rows = asked.rows.unwrap_or(usize::MAX).min(acts.rows());
-    let batches = Batches::new(acts, 0..rows, batch_size, &factors);
+    let batches = Batches::new(acts, 0..rows, batch_size, factors);
     let mut progress = Progress::new("activations", Unit::Bytes);
     let bytes = |rows: usize| (rows * acts.row_bytes()) as u64;
     activation_stats(crosscoder, norms, &batches, asked.top_rows.unwrap_or(5), |done| {
@@ -194,12 +216,14 @@ fn stats<B: Backend>(
     })
 }
 
-fn write(report: &Report, asked: &Asked) -> Result<()> {
+fn write(report: &Report, asked: &Asked, inputs: &[PathBuf]) -> Result<()> {
     let mut charts = Vec::new();
     if let Some(folder) = &asked.svg {
         charts.extend(report.figures().into_iter().map(|f| (folder.join(format!("{}.svg", f.name)), f)));
     }
-    args::may_write_all(asked.files().chain(charts.iter().map(|(path, _)| path.as_path())), asked.force)?;
+    let outputs = || asked.files().chain(charts.iter().map(|(path, _)| path.as_path()));
+    args::may_write_all(outputs(), asked.force)?;
+    args::keep(inputs, outputs())?;
     let texts: [(&Option<PathBuf>, &dyn Fn() -> String); 3] =
         [(&asked.json, &|| report.to_json()), (&asked.csv, &|| report.to_csv()), (&asked.out, &|| report.to_html())];
     // All are written before the first is put into its place.
@@ -218,10 +242,9 @@ fn write(report: &Report, asked: &Asked) -> Result<()> {
         }
     }
     charts.iter().try_for_each(|(path, figure)| stage(path, figure.to_svg()))?;
-    for (path, file) in staged {
-        file.place()?;
+    atomic::place_all(staged, |path: PathBuf| {
         let _ = writeln!(std::io::stderr(), "wrote {}", path.display());
-    }
+    })?;
     printed.map_or(Ok(()), |text| args::print(&text))
 }
 

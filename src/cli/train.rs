@@ -8,7 +8,7 @@ use crosscoder::backend::{Backend, Picked};
 use crosscoder::buffer::HeldOut;
 use crosscoder::checkpoint;
 use crosscoder::config::Config;
-use crosscoder::error::{Error, Result};
+use crosscoder::error::{Error, ErrorKind, Result};
 use crosscoder::evaluation::{Batches, Evaluation, dead, evaluate};
 use crosscoder::normalisation::factors;
 use crosscoder::pt::PtFile;
@@ -24,10 +24,10 @@ use std::time::{Duration, Instant};
 const HELP: &str = "\
 crosscoder train [ACTS…] [--cfg FILE] [--KEY VALUE]… [--out DIR] [--resume]
 
-Trains a crosscoder on activations and saves checkpoints that the Python original loads.
+Trains a crosscoder on activations and saves checkpoints that the Python original, which knows two models, loads.
 
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], one after the other; or a file [n, d_in] for each
-model, A's first; or a directory of such files. Without ACTS it trains on a small set of real activations built into the program.
+model, A's first; or a directory of such files, in the order of their names: 10.npy before 2.npy. Without ACTS it trains on a small set of real activations built into the program.
 
   --cfg FILE         a cfg of the original (JSON); its keys replace the defaults. A checkpoint's has the factors that its rows
                      were multiplied with, normalisation_factor: leave them out to have them estimated from ACTS
@@ -104,8 +104,14 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             run.cfg().clone()
         }
         None => {
-            let cfg = cfg(&asked, &acts)?;
-            run::check(&cfg, &acts)?;
+            // The file that most keys are from.
+            let from = |e: Error| match (&asked.cfg, e.kind()) {
+                (Some(file), ErrorKind::Config | ErrorKind::Shape) if asked.keys.is_empty() => e.in_file(file),
+                (Some(file), ErrorKind::Config | ErrorKind::Shape) => e.at(format!("{} and options", file.display())),
+                _ => e,
+            };
+            let cfg = cfg(&asked, &acts).map_err(from)?;
+            run::check(&cfg, &acts).map_err(from)?;
             if let Some(factors) = factors(&cfg)? {
                 let what = "normalisation factors are the cfg's, not estimated from these rows";
                 let _ = writeln!(std::io::stderr(), "{what}: {factors:?}");

@@ -138,7 +138,7 @@ fn relative_norms(report: &Report) -> Figure {
             "‖W_dec[h,B]‖ / (‖W_dec[h,A]‖ + ‖W_dec[h,B]‖) of each latent h, A being {a}, B {b}: 0 where only A has the \
              latent, 1 where only B has it. {RELATIVE_NORM_BINS} bins over [0, 1]. Dashed: the thresholds {low} and \
              {high}. A only {}, \
-             shared {}, B only {}; {} without a direction (both decoder vectors zero) are not drawn.",
+             shared {}, B only {}; {} without a direction (both decoder vectors zero, or not finite) are not drawn.",
             count(sizes[0]),
             count(sizes[1]),
             count(sizes[2]),
@@ -368,7 +368,7 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
         name: name.into(),
         title: title.into(),
         caption: format!(
-            "For each of the {} latents that fire: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's activation, \
+            "For each of the {} latents that fire and have a direction: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's activation, \
              d its longer decoder vector, y_m {target}. ν = β of the other model / β of the model that has d. About 0: \
              the other model lacks it. About 1 in an exclusive latent: an artifact, {meaning}. 80 bins over \
              [-0.5, 1.5]; {} latents lie outside. Minder et al. 2025, arXiv 2504.02922.",

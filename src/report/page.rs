@@ -3,7 +3,7 @@
 use super::figures::Section;
 use super::svg::{count, escape, put, short};
 use super::{Report, group_index};
-use crate::analysis::{Group, LatentScaling, TopRow, finite, group_name};
+use crate::analysis::{ActivationStats, Group, LatentScaling, TopRow, finite, group_name};
 use serde_json::{Value, json};
 
 const STYLE: &str = include_str!("page.css");
@@ -104,9 +104,8 @@ pub(super) fn html(report: &Report) -> String {
 fn title(report: &Report) -> String {
     match report.names.as_slice() {
         [one] => format!("Crosscoder of {}", escape(one)),
-        names => {
-            format!("Model diff: {}", escape(&names.join(", ")).replacen(", ", " and ", usize::from(names.len() == 2)))
-        }
+        [a, b] => format!("Model diff: {} and {}", escape(a), escape(b)),
+        names => format!("Model diff: {}", escape(&names.join(", "))),
     }
 }
 
@@ -261,7 +260,8 @@ fn shown(report: &Report) -> Vec<Shown> {
         }
         let most = stats.latents.iter().map(|l| l.top.len()).max().unwrap_or(0);
         if most > 0 {
-            let bytes = if stats.rows < (1 << 24) - 1 { 3 } else { 6 };
+            // All ones stand for no row.
+            let bytes = if largest_row(stats) < (1 << 24) - 1 { 3 } else { 6 };
             add(
                 "Strongest rows",
                 "Rows of the activations, from 0, strongest first",
@@ -270,6 +270,11 @@ fn shown(report: &Report) -> Vec<Shown> {
         }
     }
     out
+}
+
+/// The largest number of a row that is named: one of the whole set, of which few rows may have been looked at.
+fn largest_row(stats: &ActivationStats) -> u64 {
+    stats.latents.iter().flat_map(|latent| &latent.top).map(|top| top.row).max().unwrap_or(0)
 }
 
 fn latents(report: &Report, out: &mut String) {
@@ -296,7 +301,7 @@ fn latents(report: &Report, out: &mut String) {
          <noscript><p>This table is drawn by a script in this file. The same numbers are in the JSON and CSV that \
          <code>crosscoder report --json F --csv F</code> writes.</p></noscript>\n",
     );
-    let most_digits = report.activations.as_ref().map_or(1, |stats| stats.rows.to_string().len());
+    let most_digits = report.activations.as_ref().map_or(1, |stats| largest_row(stats).to_string().len());
     let width = |column: &Shown| match column.kind {
         Kind::Latent => 88,
         Kind::Group => 130,

@@ -202,6 +202,9 @@ impl State {
                 hash: number(hash, "data")?,
             });
         }
+        if (state.step > 0 || state.finished) && (state.checkpoint.is_none() || state.data.is_none()) {
+            return Err(damaged("steps without a checkpoint or without the activations they were taken on"));
+        }
         let mut integers = |name: &str| match tensors.remove(name).map(Tensor::into_values) {
             Some(Values::I64(values)) => Ok(values),
             _ => Err(damaged(&format!("{name} is missing or no int64"))),
