@@ -2,10 +2,12 @@
 """What happens to a run from outside: signals, a full disk, a second trainer, bad numbers, files that change while they are read.
 
     cargo build --release
-    tests/reliability/interruptions.py [signals pipes together numbers disk changes]
+    tests/reliability/interruptions.py [signals outputs pipes together numbers disk changes]
 
 signals   SIGINT or SIGTERM at 40 random moments, from the start on: the step is finished, all is saved, status 130, within 5 s, also
           where a step takes long; what is resumed ends bit-equal to a run that nothing disturbed. A second SIGINT stops at once.
+outputs   SIGINT or SIGTERM at 300 random moments of `convert --force` and `report --force`: all files are the old ones or all are the new ones,
+          and there is no other; two converts to one name at once: weights and cfg are of the same.
 pipes     a reader of stdout or stderr that goes away: no panic, status 0 or 1; training goes on.
 together  eight trainers at once in one folder: one trains, seven refuse with status 1 and say why; no file is mixed.
 numbers   NaN and infinities in a row, for each model: training stops with the row, the model, the element and, after the first
@@ -130,6 +132,55 @@ def signals(trial):
     trial.readable("heavy", "a second SIGINT")
     shutil.rmtree(trial.dir / "heavy")
     heavy_acts.unlink()
+
+
+def outputs(trial):
+    rng, folder = random.Random(2), trial.dir / "outputs"
+    weights = trial.dir / "whole/version_0/0.pt"
+    convert, half = ["convert", weights, "out.pt", "--force"], ["--dtype", "fp16"]
+    report = ["report", weights, "--out", "r.html", "--json", "r.json", "--csv", "r.csv", "--force"]
+
+    def fresh(files=()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, content in dict(files).items():
+            (folder / name).write_bytes(content)
+
+    def found():
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def made(command):
+        fresh()
+        done = common.run(trial.args, command, cwd=folder)
+        common.check(done.returncode == 0, f"{command[0]}, undisturbed", done.stderr)
+        return found()
+
+    quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    pair, half_pair, page = made(convert), made(convert + half), made(report)
+    for command, old, new in ((convert, half_pair, pair), (report, dict.fromkeys(page, b"old"), page)):
+        met, ends = 0, {True: 0, False: 0}
+        for k in range(150):
+            fresh(old)
+            kind = rng.choice([signal.SIGINT, signal.SIGTERM])
+            child = subprocess.Popen([trial.args.program, *map(str, command)], **quiet)
+            time.sleep(rng.uniform(0, 0.04))
+            child.send_signal(kind)
+            status, files = child.wait(), found()
+            common.check(status in (0, -kind), f"{command[0]}, signal {k}: status", status)
+            common.check(files in (old, new), f"{command[0]}, signal {k}: all or none", sorted(files))
+            if status:
+                met += 1
+                ends[files == new] += 1
+        print(f"outputs: {command[0]} ended by {met} of 150 signals, {ends[False]} before and {ends[True]} after its files were placed")
+        common.check(met >= 20, f"{command[0]}: enough met it", met)
+    met = {True: 0, False: 0}
+    for k in range(100):
+        fresh()
+        children = [subprocess.Popen([trial.args.program, *map(str, convert + more)], **quiet) for more in ([], half)]
+        statuses, files = [child.wait() for child in children], found()
+        common.check(statuses == [0, 0] and files in (pair, half_pair), f"two converts {k}", (statuses, sorted(files)))
+        met[files == pair] += 1
+    print(f"outputs: of 100 two converts at once, {met[True]} ended with the first's pair, {met[False]} with the second's")
 
 
 def pipes(trial):
@@ -349,7 +400,7 @@ def changes(trial):
 
 def main():
     p = common.parser(__doc__)
-    parts = {f.__name__: f for f in (signals, pipes, together, numbers, disk, changes)}
+    parts = {f.__name__: f for f in (signals, outputs, pipes, together, numbers, disk, changes)}
     p.add_argument("parts", nargs="*", default=list(parts), metavar="|".join(parts))
     args = p.parse_args()
     args.program = os.path.abspath(args.program)
