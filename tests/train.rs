@@ -7,10 +7,11 @@ use crosscoder::backend::{Backend, Cpu};
 use crosscoder::buffer::{Buffer, HeldOut, Refresh};
 use crosscoder::checkpoint;
 use crosscoder::evaluation::{Batches, dead, evaluate};
+use crosscoder::files::TensorFile;
 use crosscoder::init::initial_weights;
 use crosscoder::normalisation::{estimate, factors, fold, set_factors};
 use crosscoder::optim::{Adam, clip_grad_norm};
-use crosscoder::pt::write_state_dict;
+use crosscoder::pt::{TensorSource, write_state_dict};
 use crosscoder::rng::Mt19937;
 use crosscoder::run::{Ended, Event, Run};
 use crosscoder::trainer::{Schedule, Trainer};
@@ -403,6 +404,41 @@ fn a_state_of_a_mebibyte_of_text_is_none() {
     assert!(
         state((1 << 20) + 1).contains("resume.pt: is no state of a run: meta has 1048577 bytes; the limit is 1048576")
     );
+    std::fs::remove_dir_all(&out).unwrap();
+}
+
+#[test]
+fn a_state_that_contradicts_itself_is_none() {
+    let (acts, out) = (activations(150, 6), folder("contradicts"));
+    let run = Run::create(&out, cfg(&[])).unwrap();
+    let path = run.dir().join("resume.pt");
+    train(run, &acts, 17).unwrap();
+    let mut file = TensorFile::open(&path).unwrap();
+    let names: Vec<String> = file.tensors().iter().map(|t| t.name.clone()).collect();
+    let tensors: Vec<Tensor> = (0..names.len()).map(|i| file.read(i).unwrap()).collect();
+    let Values::U8(meta) = tensors[0].values() else { panic!("{names:?}") };
+    let meta = String::from_utf8(meta.clone()).unwrap();
+    for (now, then, say) in [
+        ("\"step\":17", "\"step\":41", "is of a run that is not over at step 41 of 40"),
+        ("\"step\":17", "\"step\":40", "is of a run that is not over at step 40 of 40"),
+        ("\"finished\":false", "\"finished\":true", "is of a run that is over at step 17 of 40"),
+        ("\"checkpoint\":1", "\"checkpoint\":null", "is no state of a run: steps without a checkpoint"),
+        ("\"data\":", "\"date\":", "is no state of a run: steps without a checkpoint"),
+        ("\"step\":17", "\"step\":17", ""),
+    ] {
+        assert!(meta.contains(now), "{meta}");
+        let meta = meta.replace(now, then).into_bytes();
+        let meta = Tensor::new(vec![meta.len()], Values::U8(meta)).unwrap();
+        let tensors = std::iter::once(&meta).chain(&tensors[1..]);
+        let named: Vec<(&str, &dyn TensorSource)> =
+            names.iter().map(String::as_str).zip(tensors.map(|t| t as &dyn TensorSource)).collect();
+        std::fs::write(&path, write_state_dict(Vec::new(), "resume", &named).unwrap()).unwrap();
+        let ended = Run::resume(&out).and_then(|run| train(run.unwrap(), &acts, 17));
+        match ended.err().map(|e| e.to_string()) {
+            Some(error) => assert!(!say.is_empty() && error.contains(&format!("resume.pt: {say}")), "{error}"),
+            None => assert_eq!(say, ""),
+        }
+    }
     std::fs::remove_dir_all(&out).unwrap();
 }
 
