@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
 /// What stands in the names of temporary files: `.0.pt.4711-0.crosscoder-tmp`.
 const SUFFIX: &str = ".crosscoder-tmp";
@@ -205,10 +206,8 @@ pub fn place_all<T>(files: impl IntoIterator<Item = (T, Staged)>, mut placed: im
 /// # Errors
 /// As [`Staged::place`]; both old files are still there then, or, if the last sync failed, both new ones.
 pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
+    let _locked = lock(folder_of(&second.path));
     let _placing = held(&PLACING);
-    // Where the file system has no locks, it goes without.
-    let folder = File::open(folder_of(&second.path)).ok();
-    let _locked = folder.as_ref().is_some_and(|folder| folder.lock().is_ok());
     let path = small.path.clone();
     let before = match std::fs::read(&path) {
         Ok(bytes) => Some(bytes),
@@ -240,6 +239,20 @@ pub fn place_both(small: Staged, mut second: Staged) -> Result<()> {
         let _ = std::fs::remove_file(old);
     }
     synced
+}
+
+/// The folder, locked against other processes that place pairs in it, which takes no time. Where the file system has no locks, or
+/// somebody else keeps it locked, it goes without.
+fn lock(folder: &Path) -> Option<File> {
+    let folder = File::open(folder).ok()?;
+    for _ in 0..200 {
+        match folder.try_lock() {
+            Ok(()) => return Some(folder),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::Error(_)) => break,
+        }
+    }
+    None
 }
 
 /// Renames a file, if it is there, to `NAME.old`, or `NAME.old-2` …: a name that is seen, and that nobody cleans up, should this

@@ -19,6 +19,7 @@
 use crate::atomic;
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Cpu, Scalar, Shaped};
+use crate::batch_topk::{CODE_NORMALIZATION_KEY, NORM_SCALES_KEY, THRESHOLD_KEY};
 use crate::config::Config;
 use crate::crosscoder::{CrossCoder, checked_shape};
 use crate::dtype::Dtype;
@@ -26,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::files::{TensorFile, read_beside};
 use crate::init::initial_weights;
 use crate::layouts;
+use crate::normalisation::{FACTOR_KEY, FOLDED_KEY};
 use crate::pt::{self, TensorSource};
 use crate::safetensors;
 use crate::tensor::{Tensor, Values, row_major_strides};
@@ -96,44 +98,86 @@ fn is_there(path: &Path) -> bool {
 }
 
 /// Where the cfg of weights that are to be written goes: where the one is that they have if they are there, be it in a folder
-/// under one of [`FOLDER_NAMES`] or those of the checkpoint `from` itself; else beside them as `NAME_cfg.json`.
+/// under one of [`FOLDER_NAMES`] or because they are those of the checkpoint `from`; else beside them as `NAME_cfg.json`.
 pub fn files_for(weights: &Path, from: &Files) -> Files {
     let [own, ..] = cfg_names(weights).map(|name| weights.with_file_name(name));
-    let is_from = || weights.canonicalize().is_ok_and(|path| from.weights.canonicalize().is_ok_and(|f| f == path));
-    let cfg = match cfg_of_folder(weights).map(|cfg| weights.with_file_name(cfg)) {
-        _ if is_there(&own) || !is_there(weights) => own,
-        _ if is_from() => from.cfg.clone(),
-        Some(paired) if is_there(&paired) => paired,
-        _ => own,
-    };
+    let paired = cfg_of_folder(weights).is_some_and(|cfg| is_there(&weights.with_file_name(cfg)));
+    let has_another = is_there(weights) && (paired || same(weights, &from.weights));
+    let cfg = cfg_beside(weights, is_there).filter(|_| has_another).unwrap_or(own);
     Files { weights: weights.to_owned(), cfg }
 }
 
-/// That writing `out` with this cfg leaves each other checkpoint in its folder the cfg that it has.
+/// Whether both are there and one file.
+fn same(a: &Path, b: &Path) -> bool {
+    a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
+/// The keys of a cfg by which weights are read otherwise.
+const READ_BY: [&str; 8] = [
+    "enc_dtype",
+    FACTOR_KEY,
+    FOLDED_KEY,
+    THRESHOLD_KEY,
+    CODE_NORMALIZATION_KEY,
+    "code_normalization_alpha_sae",
+    "code_normalization_alpha_cc",
+    NORM_SCALES_KEY,
+];
+
+/// The keys of sizes, of which a cfg may lack some.
+const SIZES: [&str; 3] = ["d_in", "dict_size", "n_models"];
+
+/// Whether weights are read alike with both.
+fn reads_alike(a: &Config, b: &Config) -> bool {
+    READ_BY.iter().all(|key| a.get(key) == b.get(key))
+        && SIZES.iter().filter_map(|key| a.get(key).zip(b.get(key))).all(|(a, b)| a == b)
+}
+
+/// That writing `out` with this cfg leaves each other checkpoint in its folder the cfg that fits it: weights that stay the one that
+/// they have, links to the weights the new one.
 ///
 /// # Errors
-/// One that has its cfg there too, or would from then on.
+/// One that would have another.
 pub fn keeps_others(out: &Files, cfg: &Config) -> Result<()> {
-    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     let folder = out.weights.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
-    let cannot = |e| Error::io("cannot list the folder", e).in_file(folder);
-    for entry in std::fs::read_dir(folder).map_err(cannot)? {
-        let weights = out.weights.with_file_name(entry.map_err(cannot)?.file_name());
-        let is_weights = is_safetensors(&weights) || weights.extension().is_some_and(|e| e.eq_ignore_ascii_case("pt"));
-        if !is_weights || same(&weights, &out.weights) {
+    // A folder that can be written may not be listed.
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let weights = out.weights.with_file_name(entry.file_name());
+        if weights.file_name() == out.weights.file_name() || !weights.is_file() {
             continue;
         }
-        let then = cfg_beside(&weights, |cfg| is_there(cfg) || cfg == out.cfg);
-        let Some(now) = cfg_beside(&weights, is_there).filter(|_| then.as_deref() == Some(&*out.cfg)) else { continue };
+        let is_out = |cfg: &Path| cfg.file_name() == out.cfg.file_name() || same(cfg, &out.cfg);
+        let gets_it = cfg_beside(&weights, |cfg| is_there(cfg) || is_out(cfg)).is_some_and(|cfg| is_out(&cfg));
+        if gets_it == same(&weights, &out.weights) {
+            continue;
+        }
+        let fits = match cfg_beside(&weights, is_there) {
+            Some(now) => read_cfg(&now).map_or(true, |now| reads_alike(&now, cfg)),
+            None => !gets_it,
+        };
         let is_checkpoint =
             || TensorFile::open(&weights).is_ok_and(|f| layouts::recognise(f.tensors()).is_ok_and(|l| l.is_some()));
-        if read_cfg(&now).is_ok_and(|now| now != *cfg) && is_checkpoint() {
+        if !fits && is_checkpoint() {
             let what =
-                format!("is the cfg of {} too, which would no longer fit; give OUT another name", weights.display());
+                format!("{} would no longer fit its cfg; give OUT another name, or remove that", weights.display());
             return Err(Error::usage(what).in_file(&out.cfg));
         }
     }
     Ok(())
+}
+
+/// That weights without a cfg do not get one that is not theirs, where they are written.
+///
+/// # Errors
+/// If one is there.
+pub fn has_no_cfg(weights: &Path) -> Result<()> {
+    match cfg_beside(weights, is_there) {
+        Some(cfg) => {
+            let what = format!("would be read with {}, and IN has no cfg; give OUT another name", cfg.display());
+            Err(Error::usage(what).in_file(weights))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The checkpoint `N` in a version directory: `N.pt` and `N_cfg.json`.

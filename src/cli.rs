@@ -91,7 +91,7 @@ fn tidied(verb: fn(&mut lexopt::Parser) -> Result<ExitCode>, parser: &mut lexopt
     verb(parser)
 }
 
-/// SIGINT and SIGTERM, but what this process is to ignore: a shell starts `crosscoder … &` in a script so.
+/// SIGINT and SIGTERM, but what this process is to ignore: a shell starts `crosscoder … &` in a script so. Only Linux tells.
 fn signals() -> impl Iterator<Item = i32> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());

@@ -89,7 +89,7 @@ fn what_is_read_is_not_replaced() {
     let before = bytes();
     // The cfg is that of both names; what it says would not hold for the weights that stay.
     for options in ["--fold", "--dtype bf16"] {
-        refused(&dir, &format!("convert c c/0.safetensors {options} --force"), "0_cfg.json: is the cfg of c/0.pt too");
+        refused(&dir, &format!("convert c c/0.safetensors {options} --force"), "c/0.pt would no longer fit its cfg");
     }
     refused(&dir, "report c a.npy --out a.npy --force", "a.npy: is read here; it is not replaced");
     std::fs::create_dir(dir.join("acts")).unwrap();
@@ -104,7 +104,7 @@ fn what_is_read_is_not_replaced() {
     assert_eq!(run(&dir, "convert c c/0.safetensors --force").0, 0);
     assert_eq!(bytes(), before);
     // In place, both are new. The cfg is that of the other weights, too.
-    refused(&dir, "convert c/0.pt c/0.pt --fold --force", "0_cfg.json: is the cfg of c/0.safetensors too");
+    refused(&dir, "convert c/0.pt c/0.pt --fold --force", "c/0.safetensors would no longer fit its cfg");
     std::fs::remove_file(dir.join("c/0.safetensors")).unwrap();
     let (status, _, stderr) = run(&dir, "convert c/0.pt c/0.pt --fold --force");
     assert_eq!(status, 0, "{stderr}");
@@ -145,12 +145,12 @@ fn no_checkpoint_gets_the_cfg_of_another() {
     let before = latents("c");
     // OUT's cfg would come before that of the same name with another ending.
     publish(&dir, "m", "model.pt", "config.json");
-    refused(&dir, "convert m m/model.safetensors --fold", "model_cfg.json: is the cfg of m/model.pt too");
-    refused(&dir, "convert c m/model.safetensors --dtype bf16", "model_cfg.json: is the cfg of m/model.pt too");
+    refused(&dir, "convert m m/model.safetensors --fold", "m/model.pt would no longer fit its cfg");
+    refused(&dir, "convert c m/model.safetensors --dtype bf16", "m/model.pt would no longer fit its cfg");
     assert_eq!(names(&dir.join("m")), ["config.json", "model.pt"]);
     // Another checkpoint's, not IN's.
     publish(&dir, "o", "1.pt", "1_cfg.json");
-    refused(&dir, "convert c o/1.safetensors --fold --force", "1_cfg.json: is the cfg of o/1.pt too");
+    refused(&dir, "convert c o/1.safetensors --fold --force", "o/1.pt would no longer fit its cfg");
     // In place, and over a published one: its cfg is replaced, however the checkpoint is called.
     publish(&dir, "p", "cc_weights.pt", "cfg.json");
     assert_eq!(run(&dir, "convert p p/cc_weights.pt --fold --force").0, 0);
@@ -170,14 +170,51 @@ fn no_checkpoint_gets_the_cfg_of_another() {
     // Other weights of a cfg that several share.
     publish(&dir, "s", "cc_weights.pt", "cfg.json");
     std::fs::copy(dir.join("c/0.pt"), dir.join("s/other.pt")).unwrap();
-    refused(&dir, "convert s s/cc_weights.pt --fold --force", "cfg.json: is the cfg of s/other.pt too");
+    refused(&dir, "convert s s/cc_weights.pt --fold --force", "s/other.pt would no longer fit its cfg");
+    // However they are spelled.
+    for (from, to) in [("./s", "s/cc_weights.pt"), ("s", "./s/../s/cc_weights.pt"), (dir.to_str().unwrap(), "x")] {
+        let (from, to) = if to == "x" { (format!("{from}/s"), "s/cc_weights.pt") } else { (from.to_owned(), to) };
+        refused(&dir, &format!("convert {from} {to} --fold --force"), "other.pt would no longer fit its cfg");
+    }
     assert!(same(&latents("s"), &before) && same(&latents("s/other.pt"), &before));
+    // Weights without a cfg get none, neither those that stay nor those that are written; others are no weights.
+    std::fs::create_dir(dir.join("w")).unwrap();
+    std::fs::copy(dir.join("c/0.pt"), dir.join("w/z.pt")).unwrap();
+    refused(&dir, "convert c w/z.safetensors --fold", "w/z.pt would no longer fit its cfg");
+    assert_eq!(run(&dir, "convert w/z.pt w/y.safetensors").0, 0);
+    refused(
+        &dir,
+        "convert w/z.pt c/0.safetensors",
+        "c/0.safetensors: would be read with c/0_cfg.json, and IN has no cfg",
+    );
+    assert_eq!(run(&dir, "convert a.npy c/0.safetensors").0, 0);
+    assert_eq!(run(&dir, "convert c c/0.safetensors --force").0, 0);
+    std::fs::remove_file(dir.join("c/0.safetensors")).unwrap();
+    // Of any ending; and what is not read otherwise may change.
+    publish(&dir, "e", "1.pth", "1_cfg.json");
+    refused(&dir, "convert c e/1.safetensors --fold --force", "e/1.pth would no longer fit its cfg");
+    let told = std::fs::read_to_string(dir.join("e/1_cfg.json")).unwrap().replacen("{", "{\"a\": 1,", 1);
+    std::fs::write(dir.join("e/1_cfg.json"), told).unwrap();
+    assert_eq!(run(&dir, "convert c e/1.safetensors --force").0, 0);
     #[cfg(unix)]
     {
         std::os::unix::fs::symlink("../c/0.pt", dir.join("o/link.pt")).unwrap();
         refused(&dir, "convert c o/link.pt --fold --force", "o/link.pt: is a link");
         std::os::unix::fs::symlink("1_cfg.json", dir.join("o/2_cfg.json")).unwrap();
         refused(&dir, "convert c o/2.pt --fold --force", "o/2_cfg.json: is a link");
+        // IN may be a link to OUT: then that has a cfg of its own, and so has the link.
+        publish(&dir, "l", "run.pt", "cfg.json");
+        std::os::unix::fs::symlink("../l/run.pt", dir.join("o/in.pt")).unwrap();
+        std::fs::copy(dir.join("c/0_cfg.json"), dir.join("o/in_cfg.json")).unwrap();
+        assert_eq!(run(&dir, "convert o/in.pt l/run.pt --fold --force").0, 0);
+        assert!(same(&latents("l/run.pt"), &before));
+        std::os::unix::fs::symlink("run.pt", dir.join("l/latest.pt")).unwrap();
+        std::fs::copy(dir.join("l/cfg.json"), dir.join("l/latest_cfg.json")).unwrap();
+        refused(&dir, "convert c l/run.pt --force", "l/latest.pt would no longer fit its cfg");
+        // A folder that somebody keeps locked does not hold it up.
+        let locked = std::fs::File::open(dir.join("n")).unwrap();
+        locked.lock().unwrap();
+        assert_eq!(run(&dir, "convert c n/0.pt").0, 0);
         assert!(same(&latents("c"), &before) && same(&latents("o/1.pt"), &before));
     }
     std::fs::remove_dir_all(&dir).unwrap();

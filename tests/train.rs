@@ -424,6 +424,8 @@ fn a_state_that_contradicts_itself_is_none() {
         ("\"finished\":false", "\"finished\":true", "is of a run that is over at step 17 of 40"),
         ("\"checkpoint\":1", "\"checkpoint\":null", "is no state of a run: steps without a checkpoint"),
         ("\"data\":", "\"date\":", "is no state of a run: steps without a checkpoint"),
+        ("\"step\":17", "\"step\":0", "is no state of a run: steps without a checkpoint"),
+        ("\"interim\":true", "\"interim\":false", "is of a run whose checkpoint at step 17 is regular"),
         ("\"step\":17", "\"step\":17", ""),
     ] {
         assert!(meta.contains(now), "{meta}");

@@ -112,6 +112,9 @@ fn convert_checkpoint(files: &Files, to: &Path, dtype: Option<Dtype>, fold: bool
 fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
     args::may_write(to, force)?;
     let mut file = TensorFile::open(from)?;
+    if recognise(file.tensors()).is_ok_and(|layout| layout.is_some()) {
+        checkpoint::has_no_cfg(to)?;
+    }
     tell_left_out(&file, is_safetensors(to))?;
     let metadata = file.metadata().to_vec();
     fn name(entry: &TensorInfo) -> &str {

@@ -74,7 +74,10 @@ pub(crate) fn default_batch_size<B: Backend>(crosscoder: &CrossCoder<B>, files: 
     const MOST: usize = 4096;
     match crosscoder.cfg().get("batch_size") {
         None | Some(serde_json::Value::Null) => Ok(MOST),
-        Some(_) => Ok(crosscoder.cfg().size("batch_size").map_err(|e| e.in_file(&files.cfg))?.min(MOST)),
+        Some(_) => match crosscoder.cfg().size("batch_size") {
+            Ok(size) => Ok(size.min(MOST)),
+            Err(e) => Err(e.in_file(&files.cfg).at("without --batch-size")),
+        },
     }
 }
 

@@ -124,7 +124,6 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 
 fn make(asked: &Asked) -> Result<()> {
     args::may_write_all(asked.files(), asked.force)?;
-    let files = args::checkpoint(&asked.paths[0])?;
     let of_acts = [
         ("--rows", asked.rows.is_some()),
         ("--top-rows", asked.top_rows.is_some()),
@@ -134,6 +133,7 @@ fn make(asked: &Asked) -> Result<()> {
     if let (Some((option, _)), [_]) = (of_acts.iter().find(|(_, given)| *given), &asked.paths[..]) {
         return Err(Error::usage(format!("{option} is about ACTS, and there are none")));
     }
+    let files = args::checkpoint(&asked.paths[0])?;
     let log = beside(&files);
     let inputs = [&files.weights, &files.cfg, &log].into_iter().chain(&asked.paths[1..]).chain(&asked.metrics);
     let mut inputs: Vec<PathBuf> = inputs.cloned().collect();
@@ -242,9 +242,10 @@ fn write(report: &Report, asked: &Asked, inputs: &[PathBuf]) -> Result<()> {
         }
     }
     charts.iter().try_for_each(|(path, figure)| stage(path, figure.to_svg()))?;
-    atomic::place_all(staged, |path: PathBuf| {
-        let _ = writeln!(std::io::stderr(), "wrote {}", path.display());
-    })?;
+    let mut wrote = String::new();
+    let placed = atomic::place_all(staged, |path: PathBuf| wrote += &format!("wrote {}\n", path.display()));
+    let _ = std::io::stderr().write_all(wrote.as_bytes());
+    placed?;
     printed.map_or(Ok(()), |text| args::print(&text))
 }
 

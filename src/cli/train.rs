@@ -8,7 +8,7 @@ use crosscoder::backend::{Backend, Picked};
 use crosscoder::buffer::HeldOut;
 use crosscoder::checkpoint;
 use crosscoder::config::Config;
-use crosscoder::error::{Error, ErrorKind, Result};
+use crosscoder::error::{Error, Result};
 use crosscoder::evaluation::{Batches, Evaluation, dead, evaluate};
 use crosscoder::normalisation::factors;
 use crosscoder::pt::PtFile;
@@ -105,10 +105,10 @@ pub(crate) fn run(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         }
         None => {
             // The file that most keys are from.
-            let from = |e: Error| match (&asked.cfg, e.kind()) {
-                (Some(file), ErrorKind::Config | ErrorKind::Shape) if asked.keys.is_empty() => e.in_file(file),
-                (Some(file), ErrorKind::Config | ErrorKind::Shape) => e.at(format!("{} and options", file.display())),
-                _ => e,
+            let from = |e: Error| match &asked.cfg {
+                Some(file) if asked.keys.is_empty() => e.in_file(file),
+                Some(file) => e.at(format!("{} and options", file.display())),
+                None => e,
             };
             let cfg = cfg(&asked, &acts).map_err(from)?;
             run::check(&cfg, &acts).map_err(from)?;

@@ -202,8 +202,11 @@ impl State {
                 hash: number(hash, "data")?,
             });
         }
-        if (state.step > 0 || state.finished) && (state.checkpoint.is_none() || state.data.is_none()) {
-            return Err(damaged("steps without a checkpoint or without the activations they were taken on"));
+        let begun = state.step > 0 || state.finished;
+        if begun != state.checkpoint.is_some() || begun && state.data.is_none() {
+            return Err(damaged(
+                "steps without a checkpoint or the activations they were taken on, or a checkpoint without",
+            ));
         }
         let mut integers = |name: &str| match tensors.remove(name).map(Tensor::into_values) {
             Some(Values::I64(values)) => Ok(values),
