@@ -103,10 +103,10 @@ fn deaf(e: std::io::Error) -> Error {
     Error::io("cannot listen to signals", e)
 }
 
-/// SIGINT and SIGTERM set the flag; another one while it is set ends the program at once.
+/// SIGINT and SIGTERM set the flag, also where they were to be ignored; another one while it is set ends the program at once.
 fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in signals() {
+    for signal in [SIGINT, SIGTERM] {
         // The order matters: the first signal must not see the flag that it sets.
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
             .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))

@@ -358,9 +358,9 @@ fn a_signal_leaves_no_temporary_file() {
         let mut convert = Command::new(env!("CARGO_BIN_EXE_crosscoder"));
         let mut child = convert.args(["convert", "zeros.npy", "zeros.pt"]).current_dir(&dir).spawn().unwrap();
         while !temporary() && child.try_wait().unwrap().is_none() {}
-        let _ = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        let _ = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
         let status = child.wait().unwrap();
-        let interrupted = std::os::unix::process::ExitStatusExt::signal(&status) == Some(2);
+        let interrupted = std::os::unix::process::ExitStatusExt::signal(&status) == Some(15);
         assert!(!temporary() && (status.success() || interrupted), "{status:?}");
         let placed = std::fs::remove_file(dir.join("zeros.pt")).is_ok();
         assert!(placed || interrupted);

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import zlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 passed, failures = 0, []
+# A shell has what it starts in the background ignore SIGINT, and what that starts does too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parser(doc):
