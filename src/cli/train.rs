@@ -27,7 +27,8 @@ crosscoder train [ACTS…] [--cfg FILE] [--KEY VALUE]… [--out DIR] [--resume]
 Trains a crosscoder on activations and saves checkpoints that the Python original, which knows two models, loads.
 
 ACTS: files (.pt, .npy, .safetensors) of shape [n, n_models, d_in], one after the other; or a file [n, d_in] for each
-model, A's first; or a directory of such files, in the order of their names: 10.npy before 2.npy. Without ACTS it trains on a small set of real activations built into the program.
+model, A's first; or a directory of such files, in the order of their names: 10.npy before 2.npy. Without ACTS it trains
+on a small set of real activations built into the program.
 
   --cfg FILE         a cfg of the original (JSON); its keys replace the defaults. A checkpoint's has the factors that its rows
                      were multiplied with, normalisation_factor: leave them out to have them estimated from ACTS
