@@ -25,10 +25,10 @@ cfg beside it, a folder with both, hf://OWNER/REPO[@REVISION][/PATH]) or any .pt
 
 A checkpoint becomes one of the original's layout: W_enc with the original's strides in a .pt, the cfg beside OUT as
 NAME_cfg.json (in that of OUT, where OUT is there and has another), its enc_dtype that of the weights. Layouts that are
-read: the original's; the dictionary_learning fork's (CrossCoder, BatchTopKCrossCoder), its activation normalisation folded into the weights; Neel Nanda's; one tensor for each
-model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg, which the Python original ignores. Of other files the tensors
-are kept by their names, and the metadata of a .safetensors in another. Whatever else a file holds beside tensors (plain values in
-a .pt, metadata) is left out, and named on stderr.
+read: the original's; the dictionary_learning fork's (CrossCoder, BatchTopKCrossCoder), its activation normalisation folded
+into the weights; Neel Nanda's; one tensor for each model (W_enc_A, W_enc_B, …). A threshold of BatchTopK goes into the cfg,
+which the Python original ignores. Of other files the tensors are kept by their names, and the metadata of a .safetensors in
+another. Whatever else a file holds beside tensors (plain values in a .pt, metadata) is left out, and named on stderr.
 
   --dtype D  casts float tensors, rounding to nearest even [of a checkpoint: the cfg's enc_dtype]. Values too large for D become
              infinite, which is told on stderr
