@@ -28,6 +28,7 @@ use svg::put;
 pub struct Report {
     source: String,
     activations_source: String,
+    factors: Vec<f64>,
     names: Vec<String>,
     cfg: Config,
     dtype: Dtype,
@@ -59,6 +60,7 @@ impl Report {
         Report {
             source: String::new(),
             activations_source: String::new(),
+            factors: Vec::new(),
             names,
             cfg,
             dtype: crosscoder.dtype(),
@@ -100,6 +102,11 @@ impl Report {
         let of = (stats.explained_variance_per_model.len(), stats.latents.len());
         assert_eq!(of, (self.norms.n_models(), self.norms.d_hidden()), "the statistics are of another crosscoder");
         Report { activations: Some(stats), activations_source: source.into(), ..self }
+    }
+
+    /// Says what the rows of the activations were multiplied with: a factor for each model.
+    pub fn with_factors(self, factors: Vec<f64>) -> Self {
+        Report { factors, ..self }
     }
 
     /// Adds the curves of the training run.
@@ -189,6 +196,7 @@ impl Report {
         let losses = stats.losses.iter().map(|(name, value)| (name.clone(), number(*value)));
         json!({
             "source": self.activations_source,
+            "factors": self.factors,
             "rows": stats.rows,
             "batches": stats.batches,
             "batch_size": stats.batch_size,

@@ -248,6 +248,20 @@ fn what_is_folded_is_rounded_once_and_what_becomes_infinite_is_told() {
 }
 
 #[test]
+fn a_report_tells_what_rows_were_multiplied_with() {
+    let dir = with_factors("scaled");
+    for (option, factors, said) in [("", "[0.5,4.0]", true), (" --raw", "[1.0,1.0]", false)] {
+        let (status, stdout, stderr) = run(&dir, &format!("report c a.npy --json - --out r.html --force{option}"));
+        assert_eq!(status, 0, "{stderr}");
+        let json: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!(json["activations"]["factors"].to_string(), factors);
+        assert_eq!(json["activations"]["source"], "a.npy");
+        assert_eq!(std::fs::read_to_string(dir.join("r.html")).unwrap().contains("a.npy, times 0.5, 4"), said);
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn a_latent_that_is_not_finite_is_an_error() {
     let dir = folder("infinite", 8);
     assert_eq!(run(&dir, "convert c h.pt --dtype fp16").0, 0);

@@ -170,11 +170,7 @@ fn report<B: Backend>(
         let factors = eval::factors(crosscoder, files, asked.raw)?;
         let stats = stats(crosscoder, files, &factors, &norms, &acts, asked)?;
         let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
-        let times = match factors.iter().any(|&factor| factor != 1.0) {
-            true => format!(", times {factors:?}"),
-            false => String::new(),
-        };
-        report = report.with_activations(stats, names.join(", ") + &times);
+        report = report.with_activations(stats, names.join(", ")).with_factors(factors);
     }
     Ok(report)
 }

@@ -282,7 +282,8 @@ fn report<B: Backend>(ended: &Ended<B>, acts: &Activations, batch_size: usize, a
     let stats = activation_stats(crosscoder, &norms, &batches, TOP_ROWS, |_| {})?;
     let mut report = Report::new(crosscoder, norms)
         .with_source(weights.file_name().unwrap_or_default().to_string_lossy())
-        .with_activations(stats, format!("{rows} rows"));
+        .with_activations(stats, format!("{rows} rows"))
+        .with_factors(factors);
     let log = weights.with_file_name("metrics.jsonl");
     if log.exists() {
         report = report.with_training(TrainingLog::read(&log)?);

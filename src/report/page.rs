@@ -177,8 +177,13 @@ fn summary(report: &Report, out: &mut String) {
         );
         return;
     };
+    let times: Vec<String> = report.factors.iter().map(|&factor| short(factor)).collect();
+    let rows_from = match report.factors.iter().all(|&factor| factor == 1.0) {
+        true => report.activations_source.clone(),
+        false => format!("{}, times {}", report.activations_source, times.join(", ")),
+    };
     let mut seen = vec![
-        tile("Rows of activations", count(stats.rows), report.activations_source.clone()),
+        tile("Rows of activations", count(stats.rows), rows_from),
         tile("Explained variance", short(stats.explained_variance), "all models"),
     ];
     for (m, &v) in stats.explained_variance_per_model.iter().enumerate() {
