@@ -19,7 +19,7 @@
 use crate::atomic;
 use crate::autodiff::{PARAMETER_NAMES, Parameters};
 use crate::backend::{Backend, Cpu, Scalar, Shaped};
-use crate::batch_topk::{CODE_NORMALIZATION_KEY, NORM_SCALES_KEY, THRESHOLD_KEY};
+use crate::batch_topk::{ALPHA_KEYS, CODE_NORMALIZATION_KEY, NORM_SCALES_KEY, THRESHOLD_KEY};
 use crate::config::Config;
 use crate::crosscoder::{CrossCoder, checked_shape};
 use crate::dtype::Dtype;
@@ -119,8 +119,8 @@ const READ_BY: [&str; 8] = [
     FOLDED_KEY,
     THRESHOLD_KEY,
     CODE_NORMALIZATION_KEY,
-    "code_normalization_alpha_sae",
-    "code_normalization_alpha_cc",
+    ALPHA_KEYS[0],
+    ALPHA_KEYS[1],
     NORM_SCALES_KEY,
 ];
 
@@ -139,9 +139,8 @@ fn reads_alike(a: &Config, b: &Config) -> bool {
 /// # Errors
 /// One that would have another.
 pub fn keeps_others(out: &Files, cfg: &Config) -> Result<()> {
-    let folder = out.weights.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     // A folder that can be written may not be listed.
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir(atomic::folder_of(&out.weights)).into_iter().flatten().flatten() {
         let weights = out.weights.with_file_name(entry.file_name());
         if weights.file_name() == out.weights.file_name() || !weights.is_file() {
             continue;
@@ -431,23 +430,11 @@ pub fn cast(weights: Parameters<Tensor>, dtype: Dtype) -> Result<Parameters<Tens
         _ => w_enc,
     };
     Ok(Parameters {
-        w_enc: cast_tensor(w_enc, dtype)?,
-        w_dec: cast_tensor(w_dec.into_row_major(), dtype)?,
-        b_enc: cast_tensor(b_enc, dtype)?,
-        b_dec: cast_tensor(b_dec.into_row_major(), dtype)?,
+        w_enc: w_enc.cast(dtype)?,
+        w_dec: w_dec.into_row_major().cast(dtype)?,
+        b_enc: b_enc.cast(dtype)?,
+        b_dec: b_dec.into_row_major().cast(dtype)?,
     })
-}
-
-/// A tensor in `dtype`, rounded to nearest even, in the order it lies in.
-///
-/// # Errors
-/// Integers.
-pub fn cast_tensor(tensor: Tensor, dtype: Dtype) -> Result<Tensor> {
-    if !matches!(tensor.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-        return Err(Error::unsupported(format!("cast from {} to {dtype}: only floats are cast", tensor.dtype())));
-    }
-    let (shape, strides) = (tensor.shape().to_vec(), tensor.strides().to_vec());
-    Tensor::with_strides(shape, strides, tensor.into_values().cast(dtype)?)
 }
 
 /// Whether a file's name asks for the format of safetensors.

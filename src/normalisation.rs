@@ -28,7 +28,6 @@ use crate::activations::Activations;
 use crate::autodiff::Parameters;
 use crate::batch_topk::BatchTopK;
 use crate::buffer::HeldOut;
-use crate::checkpoint::cast_tensor;
 use crate::config::Config;
 use crate::crosscoder::{checked_shape, model_name};
 use crate::dtype::Dtype;
@@ -162,7 +161,7 @@ pub fn fold_as(cfg: &mut Config, weights: Parameters<Tensor>, dtype: Dtype) -> R
     let folded = Parameters {
         w_enc: per_model("W_enc", weights.w_enc, 0, &factors, dtype, |v, factor| v * factor)?,
         w_dec: per_model("W_dec", weights.w_dec, 1, &factors, dtype, |v, factor| v / factor)?,
-        b_enc: cast_tensor(weights.b_enc, dtype)?,
+        b_enc: weights.b_enc.cast(dtype)?,
         b_dec: per_model("b_dec", weights.b_dec, 0, &factors, dtype, |v, factor| v / factor)?,
     };
     if let Some(batch_topk) = BatchTopK::from_cfg(cfg, n_models)? {

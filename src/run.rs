@@ -336,7 +336,9 @@ impl Run {
         }
         let interim = !self.state.finished && !self.state.step.is_multiple_of(cfg.size("save_every")? as u64);
         if self.state.interim != interim {
-            let what = format!("is of a run whose checkpoint at step {} is regular, or is not", self.state.step);
+            let said = if self.state.interim { "interim" } else { "regular" };
+            let what =
+                format!("is of a run whose checkpoint at step {} is {said}; save_every says no", self.state.step);
             return Err(Error::format(what).in_file(&resume));
         }
         match self.state.moments.take() {
@@ -544,7 +546,7 @@ pub fn check(cfg: &Config, acts: &Activations) -> Result<()> {
         let what = format!("the cfg is for {n_models} models of d_in {}; the activations are", cfg.d_in()?);
         return Err(Error::shape(format!("{what} [n, {}, {}]", acts.n_models(), acts.d_in())).at(acts.place(0)));
     }
-    check_memory(cfg, acts, if cfg.text("device")? == "cpu" { 4 } else { 1 })
+    check_memory(cfg, acts, if cfg.text("device").is_ok_and(|device| device == "cpu") { 4 } else { 1 })
 }
 
 /// A run goes on with the cfg that it began with. One that was changed beside a checkpoint would not be what it was trained with.

@@ -360,6 +360,18 @@ impl Tensor {
         self.values
     }
 
+    /// The elements in `dtype`, rounded to nearest even, in the order they lie in.
+    ///
+    /// # Errors
+    /// Integers.
+    pub fn cast(self, dtype: Dtype) -> Result<Self> {
+        if !matches!(self.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(Error::unsupported(format!("cast from {} to {dtype}: only floats are cast", self.dtype())));
+        }
+        let Tensor { shape, strides, values } = self;
+        Tensor::with_strides(shape, strides, values.cast(dtype)?)
+    }
+
     /// Whether the elements lie in row-major order.
     pub fn is_row_major(&self) -> bool {
         let row_major = row_major_strides(&self.shape);

@@ -115,7 +115,7 @@ impl Activations {
                 let (odd, found) = odd.map(|f| (f.name(), f.shape().to_vec())).unwrap_or_default();
                 let what = format!(
                     "has shape {found:?}; activations are files [n, n_models, d_in], or one file [n, d_in] for each \
-                            of two models or more"
+                     of two models or more"
                 );
                 return Err(Error::shape(what).at(odd));
             }

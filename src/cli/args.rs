@@ -1,6 +1,7 @@
 //! What the verbs share: reading arguments, printing results.
 
 use super::download;
+use crosscoder::atomic::folder_of;
 use crosscoder::checkpoint::{self, Files, is_safetensors};
 use crosscoder::error::{Error, Result};
 use crosscoder::sparse;
@@ -129,10 +130,6 @@ pub(crate) fn keep<'a>(inputs: &[PathBuf], outputs: impl IntoIterator<Item = &'a
         Some(path) => Err(Error::usage("is read here; it is not replaced").in_file(path)),
         None => Ok(()),
     }
-}
-
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
 /// Whether `path` is named for one of the two formats of tensors that are written.

@@ -132,7 +132,7 @@ fn convert_tensors(from: &Path, to: &Path, dtype: Option<Dtype>, force: bool) ->
         let tensor = match dtype {
             Some(dtype) if is_float => {
                 let before = infinite(&tensor);
-                let tensor = checkpoint::cast_tensor(tensor, dtype)?;
+                let tensor = tensor.cast(dtype)?;
                 tell_infinite(&name, before, &tensor);
                 tensor
             }

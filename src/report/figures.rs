@@ -368,8 +368,8 @@ fn nu(report: &Report, stats: &ActivationStats, name: &str, of: fn(&LatentScalin
         name: name.into(),
         title: title.into(),
         caption: format!(
-            "For each of the {} latents that fire and have a direction: β_m = argmin Σ ‖β · f · d - y_m‖², f being the latent's activation, \
-             d its longer decoder vector, y_m {target}. ν = β of the other model / β of the model that has d. About 0: \
+            "For each of the {} latents that fire and have a direction: β_m = argmin Σ ‖β · f · d - y_m‖², f being the \
+             latent's activation, d its longer decoder vector, y_m {target}. ν = β of the other model / β of the model that has d. About 0: \
              the other model lacks it. About 1 in an exclusive latent: an artifact, {meaning}. 80 bins over \
              [-0.5, 1.5]; {} latents lie outside. Minder et al. 2025, arXiv 2504.02922.",
             count(total),
